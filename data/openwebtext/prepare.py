@@ -1,0 +1,26 @@
+"""
+OpenWebText in GPT-2's tokens, what GPT-2 was trained on, made anew: 8 million pages (about 18 GB; see data/web.py).
+
+    python data/openwebtext/prepare.py [--max_shards=10] [--source='a/folder/*.parquet']
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure  # noqa: E402
+from data.web import prepare_web  # noqa: E402
+
+source = ''      # local files, as a pattern: 'folder/*.parquet' or '*.jsonl'; '' downloads them from the hub
+max_shards = 0   # stop after so many shards of about 100M tokens; 0: all
+held_out = 1000  # one document in so many is kept for validation
+processes = 0    # tokenizing in parallel; 0: one for each processor
+
+REPOSITORY = 'Skylion007/openwebtext', ''
+
+if __name__ == '__main__':
+    configure(globals())
+    try:
+        prepare_web(HERE, source, *REPOSITORY, held_out, max_shards, processes or None)
+    except (OSError, ValueError) as error:
+        sys.exit(f'{__file__}: {error}')

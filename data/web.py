@@ -1,0 +1,92 @@
+"""
+Web pages to GPT-2 tokens: parquet or jsonl files with a column `text` in, shards of token files out.
+
+Each shard comes from a hundred row groups (about 100M tokens, 200 MB) and is written whole or not at all: stopped and
+started again, the work goes on with the first shard that is missing. Memory stays flat: a row group a process at a time.
+"""
+import glob
+import hashlib
+import itertools
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.files import write, write_meta
+from data.tokenizer import Tokenizer
+
+GROUPS = 100    # row groups a shard
+LINES = 1000    # lines of a jsonl file that count as a row group
+
+
+def count_groups(path):
+    if path.endswith('.parquet'):
+        import pyarrow.parquet as pq
+        return pq.ParquetFile(path).num_row_groups
+    with open(path, encoding='utf-8') as lines:
+        return -(-sum(1 for _ in lines) // LINES)
+
+
+def texts_of(path, group):
+    """-> the documents of one row group."""
+    if path.endswith('.parquet'):
+        import pyarrow.parquet as pq
+        return pq.ParquetFile(path).read_row_group(group, columns=['text'])['text'].to_pylist()
+    with open(path, encoding='utf-8') as lines:
+        return [json.loads(line)['text'] for line in itertools.islice(lines, group * LINES, (group + 1) * LINES)]
+
+
+def tokenize(job):
+    """(path, row group, held_out) -> train, val: arrays of tokens. The end token stands before each document."""
+    path, group, held_out = job
+    tokenizer, train, val = Tokenizer({'kind': 'gpt2'}), [], []
+    for i, text in enumerate(texts_of(path, group)):
+        split = val if (group + i) % held_out == 0 else train
+        split += [tokenizer.end, *tokenizer.encode(text)]
+    return np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
+
+
+def hub_files(repository, folder=''):
+    """Yields the local path of each parquet file of a data set on the hub, downloaded when its turn comes."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+    for revision in 'main', 'refs/convert/parquet':
+        names = list_repo_files(repository, repo_type='dataset', revision=revision)
+        names = sorted(n for n in names if n.startswith(folder) and n.endswith('.parquet'))
+        if names:
+            yield from (hf_hub_download(repository, n, repo_type='dataset', revision=revision) for n in names)
+            return
+
+
+def prepare_web(folder, source, repository, repository_folder, held_out, max_shards, processes):
+    """Tokenize the files matching source, or the hub's repository, into folder/train_*.bin and val_*.bin."""
+    folder, source_file = Path(folder), Path(folder) / 'source.json'
+    origin = [source or f'{repository}/{repository_folder}', held_out]
+    if source_file.exists() and json.loads(source_file.read_text()) != origin:
+        raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its *.bin and source.json')
+    if source and not glob.glob(source):
+        raise FileNotFoundError(f'--source={source}: no such file')
+    write(source_file, json.dumps(origin).encode())
+    made = 0
+    with multiprocessing.Pool(processes) as pool:
+        for number, path in enumerate(sorted(glob.glob(source)) if source else hub_files(repository, repository_folder)):
+            groups = range(count_groups(path))
+            for first in groups[::GROUPS]:
+                if max_shards and made >= max_shards:
+                    break
+                made, name = made + 1, f'{number:04d}_{first // GROUPS:04d}'
+                if (folder / f'train_{name}.bin').exists():
+                    continue
+                jobs = [(path, group, held_out) for group in groups[first:first + GROUPS]]
+                train, val = zip(*tqdm(pool.imap(tokenize, jobs), total=len(jobs), desc=f'shard {name}'))
+                if sum(map(len, val)):
+                    write(folder / f'val_{name}.bin', np.concatenate(val).tobytes())
+                write(folder / f'train_{name}.bin', np.concatenate(train).tobytes())
+    shards = {split: sorted(folder.glob(f'{split}_*.bin')) for split in ('train', 'val')}
+    if not shards['val']:
+        raise ValueError(f'no document was held out for validation: give --held_out less than {held_out}')
+    counts = {split: sum(path.stat().st_size // 2 for path in paths) for split, paths in shards.items()}
+    sums = {path.name: hashlib.file_digest(open(path, 'rb'), 'sha256').hexdigest() for s in shards.values() for path in s}
+    write_meta(folder, Tokenizer({'kind': 'gpt2'}), origin[0], 'uint16', counts, sums)
+    print(f'{counts["train"]:,} tokens to train on, {counts["val"]:,} to validate')
