@@ -32,6 +32,8 @@ class GPTConfig:
     activation: str = 'relu2'  # 'relu2' (arXiv:2109.08668), 'gelu' or 'gelu_tanh' (OpenAI's GPT-2)
     tied: bool = False         # one table for the embedding and the head
     zero_init: bool = True     # projections into the residual stream and the head start at zero
+    ngrams: int = 1            # embed the last 2 .. ngrams tokens too, hashed into one table (arXiv:2501.16975)
+    ngram_rows: int = 16384    # rows of that table
     vocab_multiple: int = 64   # rows of the tables are rounded up to this; a matrix product likes round sizes
 
     def __post_init__(self):
@@ -102,8 +104,8 @@ class KVCache:
     """
     Keys and values of every layer for a fixed number of rows, and how many tokens each row holds.
 
-    Rows are independent: each has its own position, so prompts of different lengths decode side by side. A row is
-    emptied by pos[row] = 0; what lies beyond pos is never read. Slot block_size is where padding is written.
+    Rows are independent: each has its own position, so prompts of different lengths decode side by side. What lies
+    beyond pos is never read. Slot block_size is where padding is written. tail holds each row's last ids, for n-grams.
     """
 
     def __init__(self, config, rows, device='cpu', dtype=torch.float32):
@@ -111,7 +113,12 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = torch.zeros(rows, device=device, dtype=torch.long)
+        self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)
         self.index = torch.arange(rows, device=device)[:, None]
+
+    def reset(self, row):
+        self.pos[row] = 0
+        self.tail[row] = -1
 
     def extend(self, layer, k, v, slots, span):
         """Write k, v: (B, T, G, D) into slots: (B, T) and return the first span of all, (B, span, G, D) each."""
@@ -196,6 +203,8 @@ class GPT(nn.Module):
             ln_f=Norm(config)))
         if config.position == 'learned':
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngrams > 1:
+            self.transformer.ngram = nn.Embedding(config.ngram_rows, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
@@ -228,6 +237,8 @@ class GPT(nn.Module):
         may be of different lengths, padded at the right with -1. Logits are (B, 1, V), of each row's last token.
         """
         B, T = idx.shape
+        tail = idx.new_full((B, self.config.ngrams - 1), -1) if cache is None else cache.tail
+        recent = torch.cat((tail, idx), dim=1)
         if cache is None:
             where = Where(torch.arange(T, device=idx.device)[None])
         else:
@@ -241,7 +252,10 @@ class GPT(nn.Module):
             slots = positions.where(idx >= 0, self.config.block_size)
             where = Where(positions.clamp(max=self.config.block_size - 1), None, mask, cache, slots, span)
             idx = idx.clamp(min=0)
-        x = self.transformer.wte(idx)
+        x, key = self.transformer.wte(idx), idx
+        for n in range(1, self.config.ngrams):      # a multiplicative hash of the last n + 1 ids; -1: before the row
+            key = key * 1000003 + recent[:, tail.shape[1] - n:][:, :T] + 1
+            x = x + self.transformer.ngram((key * 2654435761 % 2 ** 40 >> 12) % self.config.ngram_rows)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(where.positions)
         else:
@@ -253,6 +267,7 @@ class GPT(nn.Module):
             x = block(x, where)
         if cache is not None:
             cache.pos += lengths
+            cache.tail = recent.gather(1, lengths[:, None] + torch.arange(tail.shape[1], device=idx.device))
             x = x.gather(1, (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2]))
         logits = F.linear(self.transformer.ln_f(x), self.lm_head.weight, self.no_token)
         loss = None

@@ -91,7 +91,7 @@ def read_checkpoint(path):
             raise ValueError(f'{path}: refused, it carries code and not only weights{other}') from None
         raise ValueError(f'{path}: damaged, or not a checkpoint{other}') from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f'{path}: damaged ({str(error).splitlines()[0][:80]}){other}') from None
+        raise ValueError(f'{path}: damaged ({(str(error) or "it ends too soon").splitlines()[0][:80]}){other}') from None
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f'{path}: not a checkpoint of this program or of nanoGPT')
     return checkpoint
@@ -172,7 +172,8 @@ def decode(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
             texts[row] += pending[row]
             if held[row] == window and not ended[row]:      # full: go on from the later half
                 pending[row] = texts[row][-max(1, window // 2):]
-                cache.pos[row] = held[row] = 0
+                held[row] = 0
+                cache.reset(row)
         if all(ended):
             break
 

@@ -67,6 +67,8 @@ qk_norm = True               # normalize queries and keys
 activation = 'relu2'         # relu2, gelu or gelu_tanh
 tied = False                 # one table for the embedding and the head
 zero_init = True             # what writes into the residual stream starts at zero
+ngrams = 1                   # embed the last 2 .. ngrams tokens too; 1: the last one alone
+ngram_rows = 16384           # rows of the table that they are hashed into
 vocab_multiple = 64          # rows of the token tables are rounded up to this
 # the optimizers
 learning_rate = 6e-4         # AdamW's peak
@@ -524,9 +526,9 @@ def train(run, model, checkpoint):
     run.lineage = checkpoint.get('lineage', []) if resumed else checkpoint.get('lineage', []) + [
         {'stage': stage, 'dataset': dataset, 'init_from': init_from, 'data': read_meta(run.data).get('sha256')}]
     folder, first = Path(out_dir), checkpoint.get('iter_num', 0) if resumed else 0
+    batches, evaluate = STAGES[stage](run)
     if run.rank == 0 and not eval_only:
         prepare_folder(run, folder, first, resumed)
-    batches, evaluate = STAGES[stage](run)
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda *_: setattr(run, 'stop', True))
     loop(run, batches, evaluate, first, checkpoint.get('best_val_loss', math.inf), checkpoint.get('seconds', 0.0))

@@ -30,19 +30,28 @@ def count_groups(path):
 
 
 def texts_of(path, group):
-    """-> the documents of one row group."""
+    """-> the documents of one row group. Raises ValueError where there is no column of that name."""
+    try:
+        return read_texts(path, group)
+    except KeyError as error:
+        raise ValueError(f'{path}: no column {error}') from None
+
+
+def read_texts(path, group):
     if path.endswith('.parquet'):
         import pyarrow.parquet as pq
         return pq.ParquetFile(path).read_row_group(group, columns=['text'])['text'].to_pylist()
     with open(path, encoding='utf-8') as lines:
-        return [json.loads(line)['text'] for line in itertools.islice(lines, group * LINES, (group + 1) * LINES)]
+        chosen = itertools.islice(lines, group * LINES, (group + 1) * LINES)
+        return [json.loads(line)['text'] for line in chosen]
 
 
 def tokenize(job):
     """(path, row group, held_out) -> train, val: arrays of tokens. The end token stands before each document."""
     path, group, held_out = job
-    tokenizer, train, val = Tokenizer({'kind': 'gpt2'}), [], []
-    for i, text in enumerate(texts_of(path, group)):
+    texts, train, val = texts_of(path, group), [], []
+    tokenizer = Tokenizer({'kind': 'gpt2'})
+    for i, text in enumerate(texts):
         split = val if (group + i) % held_out == 0 else train
         split += [tokenizer.end, *tokenizer.encode(text)]
     return np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
@@ -59,30 +68,34 @@ def hub_files(repository, folder=''):
             return
 
 
+def shards_of(paths):
+    """Yields name, path, row groups of each shard."""
+    for number, path in enumerate(paths):
+        groups = range(count_groups(path))
+        for first in groups[::GROUPS]:
+            yield f'{number:04d}_{first // GROUPS:04d}', path, groups[first:first + GROUPS]
+
+
 def prepare_web(folder, source, repository, repository_folder, held_out, max_shards, processes):
     """Tokenize the files matching source, or the hub's repository, into folder/train_*.bin and val_*.bin."""
     folder, source_file = Path(folder), Path(folder) / 'source.json'
     origin = [source or f'{repository}/{repository_folder}', held_out]
-    if source_file.exists() and json.loads(source_file.read_text()) != origin:
-        raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its *.bin and source.json')
     if source and not glob.glob(source):
         raise FileNotFoundError(f'--source={source}: no such file')
+    if source_file.exists() and json.loads(source_file.read_text()) != origin:
+        raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its *.bin and source.json')
+    folder.mkdir(parents=True, exist_ok=True)
     write(source_file, json.dumps(origin).encode())
-    made = 0
+    paths = sorted(glob.glob(source)) if source else hub_files(repository, repository_folder)
     with multiprocessing.Pool(processes) as pool:
-        for number, path in enumerate(sorted(glob.glob(source)) if source else hub_files(repository, repository_folder)):
-            groups = range(count_groups(path))
-            for first in groups[::GROUPS]:
-                if max_shards and made >= max_shards:
-                    break
-                made, name = made + 1, f'{number:04d}_{first // GROUPS:04d}'
-                if (folder / f'train_{name}.bin').exists():
-                    continue
-                jobs = [(path, group, held_out) for group in groups[first:first + GROUPS]]
-                train, val = zip(*tqdm(pool.imap(tokenize, jobs), total=len(jobs), desc=f'shard {name}'))
-                if sum(map(len, val)):
-                    write(folder / f'val_{name}.bin', np.concatenate(val).tobytes())
-                write(folder / f'train_{name}.bin', np.concatenate(train).tobytes())
+        for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
+            if (folder / f'train_{name}.bin').exists():
+                continue
+            jobs = [(path, group, held_out) for group in groups]
+            train, val = zip(*tqdm(pool.imap(tokenize, jobs), total=len(jobs), desc=f'shard {name}'))
+            if sum(map(len, val)):
+                write(folder / f'val_{name}.bin', np.concatenate(val).tobytes())
+            write(folder / f'train_{name}.bin', np.concatenate(train).tobytes())
     shards = {split: sorted(folder.glob(f'{split}_*.bin')) for split in ('train', 'val')}
     if not shards['val']:
         raise ValueError(f'no document was held out for validation: give --held_out less than {held_out}')

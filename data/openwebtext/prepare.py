@@ -14,6 +14,7 @@ from data.web import prepare_web  # noqa: E402
 source = ''      # local files, as a pattern: 'folder/*.parquet' or '*.jsonl'; '' downloads them from the hub
 max_shards = 0   # stop after so many shards of about 100M tokens; 0: all
 held_out = 1000  # one document in so many is kept for validation
+out_dir = ''     # where the token files go; '' is beside this file
 processes = 0    # tokenizing in parallel; 0: one for each processor
 
 REPOSITORY = 'Skylion007/openwebtext', ''
@@ -21,6 +22,6 @@ REPOSITORY = 'Skylion007/openwebtext', ''
 if __name__ == '__main__':
     configure(globals())
     try:
-        prepare_web(HERE, source, *REPOSITORY, held_out, max_shards, processes or None)
+        prepare_web(out_dir or HERE, source, *REPOSITORY, held_out, max_shards, processes or None)
     except (OSError, ValueError) as error:
         sys.exit(f'{__file__}: {error}')

@@ -1,0 +1,5 @@
+# Evaluate OpenAI's GPT-2 xl: as config/eval_gpt2.py, with another model.
+init_from = 'gpt2-xl'
+eval_only = True
+eval_iters = 500        # batches
+batch_size = 8

@@ -1,0 +1,26 @@
+# nanoGPT's own architecture, optimizer, schedule and CPU recipe on tiny Shakespeare: the thing to beat.
+out_dir = 'out-nanogpt-baseline'
+dataset = 'shakespeare_char'
+norm = 'layer'
+position = 'learned'
+qk_norm = False
+activation = 'gelu'
+tied = True
+zero_init = False
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 12
+gradient_accumulation_steps = 1
+dropout = 0.0
+muon_lr = 0.0           # AdamW for all
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+max_iters = 2000
+eval_interval = 2000    # once, at the end
+eval_iters = 0          # over the whole validation set
+log_interval = 100
+dtype = 'float32'       # as nanoGPT on a CPU

@@ -1,0 +1,21 @@
+# Tiny Shakespeare on a GPU: nanoGPT's size and context, with the modern block.
+out_dir = 'out-shakespeare-char-gpu'
+dataset = 'shakespeare_char'
+fallback_dataset = 'pydocs_char'
+n_layer = 6
+n_head = 3
+n_embd = 384
+block_size = 256
+batch_size = 64
+gradient_accumulation_steps = 1
+dropout = 0.2           # many passes over 1 MB of text
+learning_rate = 3e-3
+muon_lr = 0.02
+min_lr = 0.0
+warmup_iters = 20
+warmdown = 0.6
+max_iters = 1500
+eval_interval = 250
+eval_iters = 0          # the whole validation set
+log_interval = 10
+always_save_checkpoint = False  # it overfits in the end: keep the best

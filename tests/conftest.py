@@ -1,0 +1,85 @@
+"""What the tests share: a tiny data set, tiny models, and the scripts run as a user runs them."""
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+
+from data.files import write_tokens  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from model import GPT, GPT2, GPTConfig  # noqa: E402
+
+TEXT = 'To be, or not to be: that is the question.\nWhether it is nobler in the mind to suffer\n' * 40
+TINY = ('--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 '
+        '--warmup_iters=2 --learning_rate=3e-3 --min_lr=0 --device=cpu --dtype=float32 --sample_tokens=8').split()
+FAMILIES = {'modern': {}, 'grouped heads': {'n_kv_head': 1}, 'n-grams': {'ngrams': 3, 'ngram_rows': 60}, 'GPT-2': dict(GPT2, vocab_multiple=64)}
+
+
+def tiny(seed=0, **changes):
+    """A model of two layers with nothing left at zero, so that every weight matters."""
+    torch.manual_seed(seed)
+    config = dict(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=50)
+    model = GPT(GPTConfig(**{**config, **changes})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+@pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
+def model(request):
+    return tiny(**FAMILIES[request.param])
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """-> the path of a prepared character data set, which --dataset takes as it takes a name."""
+    folder = tmp_path_factory.mktemp('data') / 'tiny'
+    folder.mkdir()
+    tokenizer = Tokenizer.of_text(TEXT)
+    ids = tokenizer.encode(TEXT)
+    write_tokens(folder, tokenizer, 'a line of Hamlet', train=ids[:3000], val=ids[3000:])
+    return folder
+
+
+def run(script, *arguments, cwd=None, ok=True, env=None, timeout=240):
+    """Run one of the scripts as a user would. -> stdout and stderr together; ok=False expects a one-line refusal."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, timeout=timeout,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})})
+    if ok:
+        assert done.returncode == 0, done.stdout
+    else:
+        assert done.returncode != 0, done.stdout
+        assert 'Traceback' not in done.stdout, done.stdout
+    return done.stdout
+
+
+def inside(script, *arguments):
+    """Run a script's main() in this process, which is quicker. -> what it printed; a refusal's line is the last."""
+    module, printed = importlib.import_module(script.removesuffix('.py')), io.StringIO()
+    before = dict(vars(module))
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            printed.write(f'\nexit: {stop.code}')
+        finally:
+            vars(module).update(before)
+    return printed.getvalue()
+
+
+@pytest.fixture(scope='session')
+def trained(dataset, tmp_path_factory):
+    """-> the folder of a short finished run."""
+    folder = tmp_path_factory.mktemp('runs') / 'out'
+    run('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={folder}', '--max_iters=12', '--eval_interval=6')
+    return folder
