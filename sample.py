@@ -4,10 +4,10 @@ The one decoding loop, and what it is for: loading a model and writing text with
     python sample.py --out_dir=out-shakespeare-char --start='ROMEO:'
     python sample.py --init_from=gpt2-xl --start='What is the answer to life?' --num_samples=5
 
-A row's context is at most block_size tokens. A longer prompt is cut to its last block_size tokens; when a row has filled
-the window, it goes on with the later half of it as its context (so a sample can be of any length).
+A row's context is at most block_size tokens. A longer prompt is cut to its last block_size tokens;
+when a row has filled the window, it goes on with the later half of it as its context (so a sample
+can be of any length).
 """
-import json
 import pickle
 import sys
 import time
@@ -21,12 +21,12 @@ from data.files import DATA, read_meta
 from data.tokenizer import Tokenizer
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig, KVCache
 
-init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder with a model
+init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
 out_dir = 'out'         # the run to sample from
-start = '\n'            # the prompt; FILE:prompt.txt reads it from a file; <|endoftext|> is the token
+start = '\n'            # the prompt, or FILE:prompt.txt; <|endoftext|> in it is the token
 num_samples = 10        # how many, side by side in one batch
 max_new_tokens = 500    # in each sample
-temperature = 0.8       # 1.0: as the model says; lower: more certain; 0: always the most likely token
+temperature = 0.8       # 1.0: as the model says; less: more certain; 0: the likeliest token
 top_k = 200             # draw from the k most likely tokens only; 0: all
 top_p = 1.0             # draw from the most likely tokens that together have this probability
 ignore_end = False      # go on after the end token
@@ -35,49 +35,64 @@ device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: what is fastest here
 compile = False         # torch.compile the model
 
+GPU_FLOPS = {   # dense bf16 (fp16 before Ampere), from the vendors' data sheets
+    'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+    'A10': 125e12, '5090': 210e12, '4090': 165e12, '3090': 71e12, 'V100': 125e12, 'T4': 65e12}
+
 
 def auto_device(device='auto', local_rank=0):
-    """-> 'cuda:<local_rank>', 'mps' or 'cpu', whichever is best here or was asked for; exits if that is absent."""
+    """-> 'cuda:<local_rank>', 'mps' or 'cpu': the best here, or what was asked for (ValueError)."""
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
+             'cpu': True}
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = next(kind for kind in there if there[kind])
     kind = device.split(':')[0]
-    there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if kind not in there:
-        sys.exit(f'--device={device}: choose cuda, mps or cpu')
+        raise ValueError(f'--device={device}: choose cuda, mps or cpu')
     if not there[kind]:
-        sys.exit(f'--device={device}: PyTorch finds no such device on this machine; try --device=cpu')
+        raise ValueError(f'--device={device}: PyTorch finds no such device here; try --device=cpu')
     return f'cuda:{local_rank}' if device == 'cuda' else device
 
 
 def auto_dtype(dtype, device):
-    """-> torch dtype. auto: bf16 where it is faster (on a CPU that is measured), fp16 on CUDA without it, else fp32."""
+    """-> torch dtype; auto: bf16 where faster (a CPU is measured), fp16 on old CUDA, else fp32."""
     names = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+    if dtype == 'float16' and not device.startswith('cuda'):
+        raise ValueError(f'--dtype=float16: only on CUDA; on {device} use bfloat16 or float32')
+    if dtype not in (*names, 'auto'):
+        raise ValueError(f'--dtype={dtype}: choose auto, {", ".join(names)}')
     if dtype in names:
-        if dtype == 'float16' and not device.startswith('cuda'):
-            sys.exit(f'--dtype=float16: only on CUDA; on {device} use bfloat16 or float32')
         return names[dtype]
-    if dtype != 'auto':
-        sys.exit(f'--dtype={dtype}: choose auto, {", ".join(names)}')
     if device.startswith('cuda'):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device == 'cpu':
-        seconds = {kind: matmul_seconds(kind) for kind in (torch.float32, torch.bfloat16)}
-        return torch.bfloat16 if seconds[torch.bfloat16] < 0.75 * seconds[torch.float32] else torch.float32
+        fast, full = cpu_flops(torch.bfloat16, 256), cpu_flops(torch.float32, 256)
+        return torch.bfloat16 if fast > 1.3 * full else torch.float32
     return torch.float32
 
 
-def matmul_seconds(dtype, n=256, tries=4):
-    """The shortest of a few products of two n x n matrices on the CPU."""
+def cpu_flops(dtype, n=1024):
+    """FLOP/s of this CPU in a product of two n x n matrices, the best of six."""
     a, seconds = torch.ones(n, n, dtype=dtype), []
-    for _ in range(tries):
+    for _ in range(6):
         began = time.perf_counter()
         a @ a
         seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    return 2 * n ** 3 / min(seconds)
+
+
+def peak_flops(device, dtype):
+    """-> FLOP/s that device could do: a GPU's by its data sheet, a CPU's measured, else None."""
+    if device == 'cpu':
+        return cpu_flops(dtype)
+    if not device.startswith('cuda'):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in GPU_FLOPS.items() if key in name), None)
 
 
 def read_checkpoint(path):
-    """-> the dict in a checkpoint. Nothing in the file is ever executed. Raises ValueError with what to do."""
+    """-> the dict in a checkpoint; nothing in the file is executed. ValueError says what to do."""
     path = Path(path)
     sibling = path.with_name('best.pt' if path.name == 'ckpt.pt' else 'ckpt.pt')
     other = f'; {sibling} is there: cp {sibling} {path}' if sibling.exists() else ''
@@ -85,13 +100,15 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         runs = ' '.join(sorted({str(p.parent) for p in Path('.').glob('*/*.pt')}))
-        raise ValueError(f'{path.parent}: no run there' + (f'; there are: {runs}' if runs else '')) from None
+        there = f'; there are: {runs}' if runs else ''
+        raise ValueError(f'{path.parent}: no run there{there}') from None
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):
-            raise ValueError(f'{path}: refused, it carries code and not only weights{other}') from None
+            raise ValueError(f'{path}: refused, it carries code, not only weights{other}') from None
         raise ValueError(f'{path}: damaged, or not a checkpoint{other}') from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f'{path}: damaged ({(str(error) or "it ends too soon").splitlines()[0][:80]}){other}') from None
+        why = (str(error) or 'it ends too soon').splitlines()[0][:80]
+        raise ValueError(f'{path}: damaged ({why}){other}') from None
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f'{path}: not a checkpoint of this program or of nanoGPT')
     return checkpoint
@@ -99,14 +116,13 @@ def read_checkpoint(path):
 
 def load_model(source, dropout=0.0):
     """
-    source: a run's folder (best.pt, else ckpt.pt), a checkpoint's path (nanoGPT's too), gpt2[-medium|-large|-xl], or a
-    folder with model.safetensors. -> model (fp32, CPU), tokenizer, checkpoint ({} for published weights).
+    source: a run's folder (best.pt, else ckpt.pt), a checkpoint's path (nanoGPT's too), one of
+    GPT2_SIZES, or a folder with model.safetensors. -> model (fp32, CPU), tokenizer, checkpoint
     """
     path = Path(source)
     if source in GPT2_SIZES or (path / 'model.safetensors').exists():
-        model = GPT.from_pretrained(source)
-        model.set_dropout(dropout)
-        return model, Tokenizer({'kind': 'gpt2'}), {'lineage': [{'from': source}], 'config': {}}
+        checkpoint = {'lineage': [{'from': source}], 'model_args': {}}
+        return GPT.from_pretrained(source, dropout), Tokenizer({'kind': 'gpt2'}), checkpoint
     if path.suffix != '.pt':
         path = path / 'best.pt' if (path / 'best.pt').exists() else path / 'ckpt.pt'
     checkpoint = read_checkpoint(path)
@@ -115,17 +131,19 @@ def load_model(source, dropout=0.0):
         args = {**GPT2, **args}
     try:
         model = GPT(GPTConfig(**{**args, 'dropout': dropout}))
-        model.load_state_dict({name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
-                               if not name.endswith('.attn.bias')})     # an old nanoGPT's causal mask
+        model.load_state_dict({
+            name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
+            if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
     except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f'{path}: its weights are of another architecture than this model.py '
                          f'({str(error).splitlines()[0]})') from None
-    spec = checkpoint.get('tokenizer') or read_meta(DATA / checkpoint.get('config', {}).get('dataset', ''))['tokenizer']
-    return model, Tokenizer(spec), {'lineage': [], 'config': {}, **checkpoint}
+    folder = DATA / checkpoint.get('config', {}).get('dataset', '')
+    spec = checkpoint.get('tokenizer') or read_meta(folder)['tokenizer']
+    return model, Tokenizer(spec), checkpoint
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits: (B, V) -> (B, V), the distribution that a token is drawn from. At temperature 0 it is one-hot."""
+    """logits: (B, V) -> (B, V), what a token is drawn from. At temperature 0 it is one-hot."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     logits = logits.float() / temperature
@@ -134,7 +152,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     probs = logits.softmax(1)
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
-        ordered[ordered.cumsum(1) - ordered >= top_p] = 0   # the token that crosses top_p is still in
+        ordered[ordered.cumsum(1) - ordered >= top_p] = 0   # the one that crosses top_p is in
         probs = torch.zeros_like(probs).scatter_(1, order, ordered)
         probs /= probs.sum(1, keepdim=True)
     return probs
@@ -143,8 +161,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 @torch.inference_mode()
 def decode(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, end=None):
     """
-    Go on with each prompt (a list of ids), all rows side by side. Yields, token after token, a list with each row's
-    next id, None for a row that has ended (with the id end, which is yielded). Row i draws with seed + i alone.
+    Go on with each prompt (a list of ids), all rows side by side. Yields, token after token, a list
+    of each row's next id: None once a row has ended, with the id end. Row i draws with seed + i.
     """
     window = model.config.block_size
     weight = model.lm_head.weight
@@ -160,9 +178,9 @@ def decode(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
             held[row] += len(tokens)
         logits, _ = model(torch.from_numpy(idx).to(weight.device), cache=cache)
         probs = probabilities(logits[:, 0], temperature, top_k, top_p)
-        draws = torch.tensor([[rng.random()] for rng in chance], dtype=torch.float64, device=probs.device)
-        # The first token whose cumulated probability exceeds the draw: one of probability 0 never does.
+        # The first token whose cumulated probability exceeds the draw: no token of probability 0.
         sums = probs.double().cumsum(1)
+        draws = torch.tensor([[rng.random()] for rng in chance]).to(sums)
         step = torch.searchsorted(sums, draws * sums[:, -1:], right=True).flatten().tolist()
         step = [None if ended[row] else token for row, token in enumerate(step)]
         yield step
@@ -197,39 +215,43 @@ def read_bandwidth(device):
 def main():
     configure(globals())
     torch.set_float32_matmul_precision('high')
-    where = auto_device(device)
-    kind = auto_dtype(dtype, where)
-    for name, good in (('num_samples', num_samples > 0), ('max_new_tokens', max_new_tokens > 0),
-                       ('temperature', temperature >= 0), ('top_k', top_k >= 0), ('top_p', 0 < top_p <= 1)):
+    in_range = {'num_samples': num_samples > 0, 'max_new_tokens': max_new_tokens > 0,
+                'temperature': temperature >= 0, 'top_k': top_k >= 0, 'top_p': 0 < top_p <= 1}
+    for name, good in in_range.items():
         if not good:
             sys.exit(f'--{name}={globals()[name]}: out of range; see --help')
     try:
+        where = auto_device(device)
+        kind = auto_dtype(dtype, where)
         model, tokenizer, _ = load_model(out_dir if init_from == 'resume' else init_from)
         text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
         prompt = tokenizer.encode(text, special=True) or [tokenizer.end or 0]
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if len(prompt) > model.config.block_size:
-        print(f'the prompt has {len(prompt)} tokens; the model sees the last {model.config.block_size}', file=sys.stderr)
+        print(f'the prompt has {len(prompt)} tokens; the model sees the last '
+              f'{model.config.block_size}', file=sys.stderr)
     model.to(where, kind).eval()
     network = torch.compile(model, dynamic=True) if compile else model
-    stream, rows, began, steps = tokenizer.stream(), [[] for _ in range(num_samples)], time.perf_counter(), 0
+    stream, rows, steps = tokenizer.stream(), [[] for _ in range(num_samples)], 0
+    began = time.perf_counter()
     print(text, end='')
-    for step in decode(network, [prompt] * num_samples, max_new_tokens, temperature, top_k, top_p, seed,
-                       None if ignore_end else tokenizer.end):
+    for step in decode(network, [prompt] * num_samples, max_new_tokens, temperature, top_k, top_p,
+                       seed, None if ignore_end else tokenizer.end):
         steps += 1
         for row, token in zip(rows, step):
             if token is not None:
                 row.append(token)
-        if step[0] is not None:         # the first sample appears as it is written, the others when they are done
+        if step[0] is not None:     # the first sample appears as it is written, the others later
             print(stream(step[0]), end='', flush=True)
     seconds = time.perf_counter() - began
     print(stream(None, last=True) + '\n---------------')
     for row in rows[1:]:
         print(text + tokenizer.decode(row) + '\n---------------')
-    bytes_read = sum(p.nbytes for name, p in model.named_parameters() if 'wte' not in name or model.config.tied)
-    print(f'{sum(map(len, rows)) / seconds:.1f} tokens/s in {num_samples} rows; weights are read at '
-          f'{steps * bytes_read / seconds / read_bandwidth(where):.0%} of the memory bandwidth', file=sys.stderr)
+    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+    share = steps * weights / seconds / read_bandwidth(where)
+    print(f'{sum(map(len, rows)) / seconds:.1f} tokens/s in {num_samples} rows; reading weights '
+          f'takes {share:.0%} of the memory bandwidth', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """
 The one training loop. Every stage of making a language model is weighted next-token prediction,
 
-    loss = - sum of w * log p(y | x) / N      over the tokens in play (y != -1), N of them in a step,
+    loss = - sum of w * log p(y | x) / N      over the N tokens in play (y != -1) of a step,
 
-so a stage is only a generator of (x, y, w) and a way to evaluate; the loop at the bottom knows no stage.
+so a stage is only a generator of (x, y, w) and a way to evaluate; the loop below knows no stage.
 
     python train.py config/train_shakespeare_char.py                                # a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
@@ -17,24 +17,24 @@ import signal
 import sys
 import time
 from dataclasses import asdict, fields
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from configurator import configure, read_settings
-from data.files import DATA, Tokens, is_ready, read_meta
+from data.files import Tokens, find, read_meta, write
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig
-from sample import auto_device, auto_dtype, generate, load_model, read_checkpoint
+from model import GPT, GPT2, GPT2_SIZES, GPTConfig
+from sample import auto_device, auto_dtype, generate, load_model, peak_flops
 
 # what to do, from what, to where
-stage = 'pretrain'           # where batches come from: pretrain or finetune (the same, from a model)
-init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-large|-xl], or its folder
+stage = 'pretrain'           # what feeds the loop: pretrain, or finetune (the same)
+init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-large|-xl]
 out_dir = 'out'              # where checkpoints, the log and the picture go
 dataset = 'openwebtext'      # a folder in data/
 fallback_dataset = ''        # instead of dataset, if that can be neither found nor downloaded
@@ -43,7 +43,7 @@ eval_only = False            # evaluate once and stop
 dry_run = False              # say what the run would take (parameters, FLOPs, memory) and stop
 # evaluation and logging
 eval_interval = 2000         # steps between evaluations
-eval_iters = 200             # at most so many batches, spread over the validation data; 0: all of it
+eval_iters = 200             # batches at most, spread over the validation data; 0: all
 log_interval = 1             # steps between lines in the log
 always_save_checkpoint = True   # at every evaluation; False: only when the loss is the best so far
 sample_tokens = 80           # how much text to print at every evaluation; 0: none
@@ -68,7 +68,7 @@ activation = 'relu2'         # relu2, gelu or gelu_tanh
 tied = False                 # one table for the embedding and the head
 zero_init = True             # what writes into the residual stream starts at zero
 ngrams = 1                   # embed the last 2 .. ngrams tokens too; 1: the last one alone
-ngram_rows = 16384           # rows of the table that they are hashed into
+ngram_rows = 32768           # rows of the table that they are hashed into
 vocab_multiple = 64          # rows of the token tables are rounded up to this
 # the optimizers
 learning_rate = 6e-4         # AdamW's peak
@@ -90,22 +90,20 @@ dtype = 'auto'               # float32, bfloat16 or float16; auto: what is faste
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 
-FLOPS = {  # dense bf16 (fp16 before Ampere) peaks from the vendors' data sheets
-    'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-    'A10': 125e12, '5090': 210e12, '4090': 165e12, '3090': 71e12, 'V100': 125e12, 'T4': 65e12}
 MAX_SKIPS = 5   # so many steps in a row without a finite gradient end the run
 
 
 def pretrain(run):
     """Random windows of a token file; all of it is in play. -> batches(step), evaluate()"""
     train, val = Tokens(run.data, 'train'), Tokens(run.data, 'val')
-    for tokens, split in (train, 'train'), (val, 'val'):
+    for tokens in train, val:
         if len(tokens) <= block_size:
-            sys.exit(f'{run.data}: {len(tokens)} tokens in {split} are too few for a row of '
-                     f'block_size={block_size}; make block_size smaller or the text longer')
-    table = np.array(run.tokenizer.byte_lengths() + [0] * (read_meta(run.data)['vocab_size']))
+            raise ValueError(f'{tokens.paths[0]}: {len(tokens)} tokens are too few for a row of '
+                             f'--block_size={block_size}; make that smaller or the text longer')
+    bytes_of = torch.tensor(run.tokenizer.byte_lengths() + [0] * train.meta['vocab_size'])
 
     def batches(step):
+        """A step's microbatches (x, y, w) for this process, of rows shared out among all."""
         rng = np.random.default_rng((seed, step))
         rows = batch_size * gradient_accumulation_steps
         starts = rng.integers(len(train) - block_size, size=rows)[run.rank::run.world]
@@ -114,38 +112,30 @@ def pretrain(run):
             yield window[:, :-1], window[:, 1:], None
 
     def evaluate():
-        """Loss over non-overlapping windows, every target once; eval_iters caps the batches."""
+        """Loss over non-overlapping windows, every target once, in at most eval_iters batches."""
         starts, repeats = val.cover(block_size)
         if eval_iters and eval_iters * batch_size < len(starts):
             chosen = np.linspace(0, len(starts) - 1, eval_iters * batch_size).astype(int)
             starts, repeats = starts[chosen], repeats[chosen]
-        unit = batch_size * run.world           # the last batch is filled up with rows not in play
-        starts, repeats = (np.append(a, np.full(-len(a) % unit, fill))
-                           for a, fill in ((starts, 0), (repeats, block_size)))
+        unit = batch_size * run.world           # the last batch is filled up, with rows not in play
+        starts = np.append(starts, np.zeros(-len(starts) % unit, int))
+        repeats = np.append(repeats, np.full(-len(repeats) % unit, block_size))
         total = torch.zeros(3, dtype=torch.float64)
         for i in range(run.rank * batch_size, len(starts), unit):
-            window = val.windows(starts[i:i + batch_size], block_size + 1)
-            x, y = window[:, :-1], window[:, 1:].copy()
-            y[np.arange(block_size) < repeats[i:i + batch_size, None]] = -1
-            _, loss = run.forward(to_device(x, run), to_device(y, run))
-            total += torch.tensor([loss.item(), (y >= 0).sum(), table[y[y >= 0]].sum()])
+            window = torch.from_numpy(val.windows(starts[i:i + batch_size], block_size + 1))
+            x, y = window[:, :-1], window[:, 1:].clone()
+            y[torch.arange(block_size) < torch.from_numpy(repeats[i:i + batch_size, None])] = -1
+            y_bytes = bytes_of[y[y >= 0]].sum()
+            total += torch.tensor([run.forward(x, y)[1].item(), (y >= 0).sum(), y_bytes])
         loss, count, size = all_sum(total, run)
-        metrics = {'val_loss': loss / count}
-        if size:
-            metrics['val_bits_per_byte'] = loss / size / math.log(2)
-        return metrics, loss / count
+        metrics = {'val_loss': loss / count, 'val_bits_per_byte': loss / max(size, 1) / math.log(2)}
+        return metrics, metrics['val_loss']
 
     return batches, evaluate
 
 
+# A stage gives batches(step), which yields (x, y, w), and evaluate() -> metrics, score to lower.
 STAGES = {'pretrain': pretrain, 'finetune': pretrain}
-
-
-def to_device(array, run):
-    tensor = torch.as_tensor(array)
-    if run.device.startswith('cuda'):   # pinned, so that the copy overlaps with work on the GPU
-        return tensor.pin_memory().to(run.device, non_blocking=True)
-    return tensor.to(run.device)
 
 
 def all_sum(values, run):
@@ -171,367 +161,334 @@ def schedule(step):
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def peak_flops(run):
-    """FLOP/s that this machine could do: a GPU's from its data sheet, a CPU's measured; None if unknown."""
-    if run.device.startswith('cuda'):
-        name = torch.cuda.get_device_name(run.device)
-        return next((peak for key, peak in FLOPS.items() if key in name), None)
-    if run.device != 'cpu':
-        return None
-    a, seconds = torch.ones(1024, 1024, dtype=run.dtype), []
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * 1024 ** 3 / min(seconds)
-
-
-def find_data(run):
-    """-> the data set's folder, prepared if it is small and was not; or the fallback's, said loudly."""
-    global dataset, out_dir
-    for name in filter(None, (dataset, fallback_dataset)):
-        folder, script = DATA / name, DATA / name / 'prepare.py'
-        if not folder.is_dir():
-            there = ' '.join(sorted(p.name for p in DATA.iterdir() if (p / 'prepare.py').exists()))
-            sys.exit(f'--dataset={name}: there is no folder data/{name}; there are: {there}')
-        problem = f'data/{name} is not prepared: run python data/{name}/prepare.py'
-        if not is_ready(folder) and not dry_run and script.exists() and run.local_rank == 0:
-            prepare = getattr(import_module(f'data.{name}.prepare'), 'prepare', None)
-            try:
-                if prepare:     # the large ones have none: they are prepared by hand
-                    prepare()
-            except (OSError, ValueError) as error:
-                problem = f'data/{name}: {error}'
-        if run.world > 1:
-            dist.barrier()
-        if is_ready(folder) or dry_run:
-            if name != dataset:
-                out_dir = out_dir.replace(dataset.replace('_', '-'), name.replace('_', '-'))
-                run.say(f'!!! NOT {dataset.upper()}: TRAINING ON {name.upper()} INSTEAD, in {out_dir}')
-                dataset = name
-            return folder
-        run.say(problem)
-    sys.exit(problem)
-
-
-def make_model(run, vocab_size):
-    """-> model, its checkpoint or {}: from scratch, or loaded, with what the settings may still change."""
-    if init_from == 'resume':
-        path = Path(out_dir, 'ckpt.pt')
-        if path.exists():
-            model, _, checkpoint = load_model(str(path), dropout=dropout)
-            return model, checkpoint
-        run.say(f'{out_dir}: nothing saved yet, starting from scratch')
-    elif init_from != 'scratch':
-        model, tokenizer, checkpoint = load_model(init_from, dropout=dropout)
-        if tokenizer.spec != run.tokenizer.spec:
-            sys.exit(f'{init_from} and data/{dataset} do not have the same tokenizer')
-        if block_size > model.config.block_size:
-            sys.exit(f'--block_size={block_size}: {init_from} was made for {model.config.block_size}')
-        return model, {'config': checkpoint.get('config', {}), 'lineage': checkpoint['lineage']}
-    args = {f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in globals()}
-    return GPT(GPTConfig(**args, vocab_size=vocab_size)), {}
-
-
-def activation_bytes(config):
-    """What one microbatch keeps for its backward pass, from a forward pass without numbers (fp32)."""
-    with torch.device('meta'):
-        model, kept = GPT(config), {}
-        idx = torch.zeros(batch_size, min(block_size, config.block_size), dtype=torch.long)
-    own = {id(p) for p in model.parameters()}
-
-    def keep(tensor):
-        if id(tensor) not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        alive = model(idx, idx)     # storages must not be freed (and counted twice) before the end
-    return sum(kept.values()) if alive else 0
-
-
-def preflight(run, config):
-    """Say what this run is going to take, before it takes it."""
-    with torch.device('meta'):
-        model = GPT(config)
-    count, flops = model.num_params(), model.flops_per_token()
-    step_tokens = batch_size * gradient_accumulation_steps * block_size
-    state = sum(4 * p.numel() * (1 if run.muon_lr and '.h.' in name and p.dim() == 2 else 2)
-                for name, p in model.named_parameters())
-    work = activation_bytes(config) * (1 if run.dtype == torch.float32 else 0.6)
-    train_tokens = read_meta(run.data).get('counts', {}).get('train')
-    epochs = f'{max_iters * step_tokens / train_tokens:.2f} epochs of {train_tokens:,} tokens' \
-        if train_tokens else 'data not prepared yet'
-    run.say(f"""{stage} on {dataset} from {init_from}, into {out_dir}
-  model       {count / 1e6:.2f}M parameters ({config.n_layer} layers, {config.n_embd} wide), \
-{flops / 1e6:.1f} MFLOPs per token
-  a step      {step_tokens:,} tokens: {gradient_accumulation_steps} x {batch_size} rows of {block_size}
-  the run     {max_iters:,} steps, {max_iters * step_tokens:,} tokens, {epochs}, \
-{flops * max_iters * step_tokens:.2e} FLOPs
-  memory      about {(8 * count + state + work) / 1e9:.2f} GB ({8 * count / 1e9:.2f} weights and \
-gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations)
-  checkpoint  {(4 * count + state) / 1e6:.0f} MB, written twice
-  machine     {run.device}, {str(run.dtype).removeprefix('torch.')}, compile={run.compile}, \
-{run.world} process(es), {'Muon and AdamW' if run.muon_lr else 'AdamW'}""")
-
-
-def save(run, path, step, best, seconds):
-    """Write a checkpoint under a temporary name, flush it, rename it: path is whole at every moment."""
-    content = {
-        'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
-        'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
-        'config': run.config, 'iter_num': step, 'best_val_loss': best, 'seconds': seconds,
-        'tokenizer': run.tokenizer.spec, 'lineage': run.lineage}
-    temporary = path.with_suffix('.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        sys.exit(f'{path}: cannot be written ({str(error).splitlines()[0]}); the checkpoint before it, '
-                 'if there is one, is intact. Make room and go on with --init_from=resume')
-
-
-def plot(log, path):
-    """Redraw the losses in log.jsonl."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for key, style in ('loss', '-'), ('val_loss', 'o-'):
-        points = [(line['step'], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points), style, label=key, markersize=3, linewidth=1)
-    axes.set(title=f'{stage} on {dataset}', xlabel='step', ylabel='loss (nats per token)')
-    axes.legend()
-    figure.savefig(path, dpi=100, bbox_inches='tight')
-    plt.close(figure)
-
-
-def setup():
-    """Check the settings against the machine and each other; -> run, which holds what is not a setting."""
-    run = SimpleNamespace(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
-                          local_rank=int(os.environ.get('LOCAL_RANK', 0)), stop=False)
-    run.say = (lambda text: tqdm.write(text, file=sys.stdout)) if run.rank == 0 else (lambda text: None)
-    if stage not in STAGES:
-        sys.exit(f'--stage={stage}: no such stage; there are: {" ".join(STAGES)}')
-    for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'log_interval',
-                 'n_layer', 'n_head', 'n_embd', 'learning_rate'):
-        if globals()[name] <= 0:
-            sys.exit(f'--{name}={globals()[name]}: must be greater than 0')
-    if batch_size * gradient_accumulation_steps % run.world:
-        sys.exit(f'--batch_size={batch_size} x --gradient_accumulation_steps={gradient_accumulation_steps} rows do '
-                 f'not divide among {run.world} processes')
-    if init_from != 'resume' and not eval_only and not dry_run and init_from != 'scratch' \
-            and Path(init_from).resolve() == Path(out_dir).resolve():
-        sys.exit(f'--out_dir={out_dir} is the run that --init_from reads; choose another out_dir')
-    run.device = auto_device(device, run.local_rank)
-    run.dtype = auto_dtype(dtype, run.device)
-    run.compile = run.device.startswith('cuda') if compile is None else compile
-    if run.world > 1:
-        dist.init_process_group(backend or ('nccl' if run.device.startswith('cuda') else 'gloo'))
-    if run.device.startswith('cuda'):
-        torch.cuda.set_device(run.device)
-    torch.set_float32_matmul_precision('high')
-    run.data = find_data(run)
-    return run
-
-
 def one_step(run, batches, step):
     """
-    Back-propagate the sum over every microbatch, divide once by N, update. -> loss, N, norm of the gradient.
-    Without a finite gradient, or with nothing in play, the weights stay as they are.
+    Back-propagate the sum over every microbatch, divide once by N, update. -> loss, N, norm of the
+    gradient. Without a finite gradient, or with nothing in play, the weights stay as they are.
     """
-    total = torch.zeros((), device=run.device)
-    count, micro, following = 0, 0, iter(batches(step))
+    total, count, micro = torch.zeros((), device=run.device), 0, 0
+    following = iter(batches(step))
     batch = next(following)
     while batch is not None:
         x, y, w = batch
         count += int((y >= 0).sum())
-        torch.manual_seed(int(np.random.SeedSequence((seed, step, micro, run.rank)).generate_state(1)[0]))
+        chance = np.random.SeedSequence((seed, step, micro, run.rank)).generate_state(1)
+        torch.manual_seed(int(chance[0]))       # dropout's
         batch, micro = next(following, None), micro + 1
-        last = contextlib.nullcontext() if batch is None or run.world == 1 else run.network.no_sync()
-        with last:      # processes exchange gradients once a step
-            _, loss = run.forward(to_device(x, run), to_device(y, run), w if w is None else to_device(w, run))
+        last = batch is None or run.world == 1  # processes exchange their gradients once a step
+        with contextlib.nullcontext() if last else run.network.no_sync():
+            _, loss = run.forward(x, y, w)
             run.scaler.scale(loss).backward()
         total += loss.detach()
-    loss, count, stop = all_sum(torch.tensor([total.item(), count, run.stop], dtype=torch.float64), run)
-    run.stop = stop > 0         # all processes stop after the same step
+    sums = torch.tensor([total.item(), count, run.stop], dtype=torch.float64)
+    loss, count, run.stop = all_sum(sums, run)  # all stop after the same step
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-    scale = run.world / max(count, 1)               # DDP has divided by run.world
+    scale = run.world / max(count, 1)           # DistributedDataParallel has divided by run.world
     norm = torch.nn.utils.get_total_norm(grads).item() * scale
-    if count and math.isfinite(norm) and math.isfinite(loss):
-        torch._foreach_mul_(grads, scale * min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else scale)
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    run.skipped = 0 if finite else run.skipped + 1
+    if finite and count:
+        clip = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
+        torch._foreach_mul_(grads, scale * clip)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = optimizer.peak_lr * schedule(step)
             run.scaler.step(optimizer)
-        run.skipped = 0
-    elif count:
-        run.skipped += 1
     run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return loss / max(count, 1), int(count), norm
 
 
-def loop(run, batches, evaluate, first, best, seconds):
-    """The loop: evaluate and save when due, else one step. -> the last step."""
-    folder = Path(out_dir)
-    step_tokens = batch_size * gradient_accumulation_steps * block_size
-    peak, flops = peak_flops(run), run.model.flops_per_token()
+def loop(run, batches, evaluate):
+    """The loop: evaluate and save when it is due, else one step."""
+    first, began, losses, logged = run.step, run.seconds, [], run.seconds
+    peak, flops = peak_flops(run.device, run.dtype), run.model.flops_per_token()
     bar = tqdm(total=max_iters, initial=first, disable=run.rank > 0 or not sys.stdout.isatty())
-    logged, losses, began = seconds, [], seconds
-
-    def log(step, **metrics):
-        if run.rank:
-            return
-        record = dict(step=step, tokens=step * step_tokens, seconds=round(seconds, 3), **metrics)
-        with open(folder / 'log.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps(record) + '\n')
-        if run.wandb:
-            run.wandb.log(record)
-
-    for step in range(first, max_iters + 1):
-        fresh = step == first and init_from in ('scratch', 'resume')
-        if eval_only or step == max_iters or (step % eval_interval == 0 and not fresh):
+    while True:
+        at_rest = run.step == first and init_from in ('scratch', 'resume')
+        due = run.step % eval_interval == 0 or run.step == max_iters
+        if eval_only or (due and not at_rest):
             run.model.eval()
             with torch.no_grad():
                 metrics, score = evaluate()
-            run.say(f'step {step}: ' + ', '.join(f'{k} {v:.4f}' for k, v in metrics.items())
-                    + f', after {seconds:.1f} s of training')
-            if not eval_only:
-                log(step, **metrics)
-                improved, best = score < best, min(score, best)
-                if run.rank == 0:
-                    if sample_tokens:
-                        prompt = [run.tokenizer.end or 0]
-                        text = generate(run.model, [prompt], sample_tokens, seed=seed)[0]
-                        run.say('  | ' + run.tokenizer.decode(text).replace('\n', '\n  | '))
-                    if improved:
-                        save(run, folder / 'best.pt', step, best, seconds)
-                    if improved or always_save_checkpoint or step == max_iters:
-                        save(run, folder / 'ckpt.pt', step, best, seconds)
-                    plot(folder / 'log.jsonl', folder / 'loss.png')
             run.model.train()
-        if run.stop:
-            if run.rank == 0:
-                save(run, folder / 'ckpt.pt', step, best, seconds)
-            arguments = [a for a in sys.argv[1:] if not a.startswith('--init_from')]
-            run.say(f'stopped and saved after step {step}; to go on: python train.py '
-                    f'{shlex.join(arguments)} --init_from=resume')
-        if eval_only or run.stop or step == max_iters:
+            report = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
+            run.say(f'step {run.step}: {report}, after {run.seconds:.1f} s of training')
+            if not eval_only:
+                record(run, metrics, score)
+        if eval_only or run.stop or run.step >= max_iters:
             break
         start = time.perf_counter()
-        loss, count, norm = one_step(run, batches, step)
-        seconds += time.perf_counter() - start
+        loss, _, norm = one_step(run, batches, run.step)
+        run.seconds += time.perf_counter() - start
+        run.step += 1
         losses.append(loss)
         bar.update()
         if run.skipped:
-            run.say(f'step {step + 1}: loss {loss} or its gradient is not finite, skipped ({run.skipped} in a row)')
-        if run.skipped >= MAX_SKIPS:
-            sys.exit(f'{MAX_SKIPS} steps in a row without a finite gradient: lower --learning_rate and --muon_lr, or '
-                     f'use --dtype=float32; the last good checkpoint is {folder}/ckpt.pt')
-        if (step + 1) % log_interval == 0:
-            rate = len(losses) * step_tokens / (seconds - logged)
-            loss = float(np.mean(losses))
-            mfu = flops * rate / peak / run.world if peak else None
-            log(step + 1, loss=loss, norm=norm, rate=schedule(step), tokens_per_second=round(rate), mfu=mfu)
-            run.say(f'step {step + 1}: loss {loss:.4f}, {1e3 * step_tokens / rate:.0f} ms, {rate:,.0f} tokens/s'
-                    + (f', {mfu:.0%} of peak' if peak else ''))
-            logged, losses = seconds, []
-        if step + 1 == first + 10:
-            run.say(f'about {(seconds - began) / 10 * (max_iters - step - 1) / 60:.1f} minutes left')
+            run.say(f'step {run.step}: loss {loss} or its gradient is not finite: skipped, '
+                    f'{run.skipped} in a row')
+        if run.skipped == MAX_SKIPS:
+            raise ValueError(f'{MAX_SKIPS} steps in a row were not finite: lower --learning_rate '
+                             f'and --muon_lr; the last good checkpoint, if any, is in {out_dir}')
+        if run.step % log_interval == 0:
+            rate = len(losses) * run.step_tokens / (run.seconds - logged)
+            mfu = flops * rate / (peak * run.world) if peak else None
+            loss, losses, logged = float(np.mean(losses)), [], run.seconds
+            log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu)
+            run.say(f'step {run.step}: loss {loss:.4f}, {1e3 * run.step_tokens / rate:.0f} ms, '
+                    f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if peak else ''))
+        if run.step == first + 10:
+            left = (run.seconds - began) / 10 * (max_iters - run.step)
+            run.say(f'about {left / 60:.1f} minutes left')
     bar.close()
-    return step
+    if run.stop:
+        save(run, 'ckpt.pt')
+        rest = shlex.join(a for a in sys.argv[1:] if not a.startswith('--init_from'))
+        run.say(f'stopped and saved after step {run.step}; to go on: '
+                f'python train.py {rest} --init_from=resume')
+
+
+def record(run, metrics, score):
+    """After an evaluation: a line of the log, a sample, checkpoints, the picture."""
+    log(run, **metrics)
+    better = score < run.best
+    run.best = score if better else run.best
+    if sample_tokens and run.rank == 0:
+        run.model.eval()
+        ids = generate(run.model, [[run.tokenizer.end or 0]], sample_tokens, seed=seed)[0]
+        run.model.train()
+        run.say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
+    if better:
+        save(run, 'best.pt')
+    if better or always_save_checkpoint or run.step >= max_iters:
+        save(run, 'ckpt.pt')
+    if run.rank == 0:
+        plot(Path(out_dir, 'log.jsonl'), Path(out_dir, 'loss.png'))
+
+
+def log(run, **metrics):
+    line = dict(step=run.step, tokens=run.step * run.step_tokens, seconds=run.seconds, **metrics)
+    if run.rank == 0:
+        with open(Path(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+    if run.wandb:
+        run.wandb.log(line)
+
+
+def plot(source, target):
+    """Redraw the losses in log.jsonl."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    lines = [json.loads(line) for line in source.read_text(encoding='utf-8').splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key, style in ('loss', '-'), ('val_loss', 'o-'):
+        points = [(line['step'], line[key]) for line in lines if key in line]
+        axes.plot(*zip(*points or [(0, math.nan)], strict=True), style, label=key, markersize=3)
+    axes.set(title=f'{stage} on {dataset}', xlabel='step', ylabel='loss (nats per token)')
+    axes.legend()
+    figure.savefig(target, dpi=100, bbox_inches='tight')
+    pyplot.close(figure)
+
+
+def save(run, name):
+    """Write a checkpoint under a temporary name, flush, rename: there is always a whole one."""
+    if run.rank:
+        return
+    content = {
+        'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
+        'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
+        'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
+        'seconds': run.seconds, 'tokenizer': run.tokenizer.spec, 'lineage': run.lineage}
+    write(Path(out_dir, name), lambda file: torch.save(content, file))
+
+
+def preflight(run, model):
+    """Say what this run is going to take, before it takes it. model may be on the meta device."""
+    c, flops = model.config, model.flops_per_token()
+    total, muon = (sum(p.numel() for name, p in model.named_parameters() if match(name, p))
+                   for match in (lambda *_: True, lambda name, p: run.muon_lr and '.h.' in name))
+    rows, size = batch_size * block_size, 4 if run.dtype == torch.float32 else 2
+    # A token keeps about 34 activations of width C in a layer (counted; 26 in GPT-2's), and its
+    # logits twice, in the given precision and in fp32.
+    work = rows * (c.n_layer * 34 * c.n_embd * size + c.rows * (size + 8))
+    state = 4 * (2 * total - muon)
+    tokens, seen = max_iters * run.step_tokens, run.meta.get('counts', {}).get('train')
+    run.say(f"""{stage} on {dataset} from {init_from}, into {out_dir}
+  model       {total / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide; \
+{flops / 1e6:.1f} MFLOPs per token
+  a step      {run.step_tokens:,} tokens: {gradient_accumulation_steps} x {batch_size} rows of \
+{block_size}
+  the run     {max_iters:,} steps, {tokens:,} tokens, {flops * tokens:.1e} FLOPs, \
+{f'{tokens / seen:.2f} epochs of {seen:,} tokens' if seen else 'data of unknown length'}
+  memory      about {(8 * total + state + work) / 1e9:.2f} GB: {8 * total / 1e9:.2f} weights and \
+gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
+  checkpoint  {(4 * total + state) / 1e6:.1f} MB, and as much for the best one
+  machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={run.compile}, \
+{'Muon and AdamW' if run.muon_lr else 'AdamW'}""")
+
+
+def setup():
+    """Check the settings against the machine and each other. -> run: all that is not a setting"""
+    run = SimpleNamespace(
+        rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
+        local_rank=int(os.environ.get('LOCAL_RANK', 0)), stop=0, skipped=0, step=0, seconds=0.0,
+        best=math.inf, lineage=[], wandb=None,
+        step_tokens=batch_size * gradient_accumulation_steps * block_size)
+    run.say = (lambda text: tqdm.write(text, sys.stdout)) if run.rank == 0 else lambda text: None
+    if stage not in STAGES:
+        raise ValueError(f'--stage={stage}: no such stage; there are: {" ".join(STAGES)}')
+    for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval',
+                 'log_interval', 'max_iters', 'n_layer', 'n_head', 'n_embd', 'learning_rate'):
+        if globals()[name] <= 0:
+            raise ValueError(f'--{name}={globals()[name]}: must be greater than 0')
+    if batch_size * gradient_accumulation_steps % run.world:
+        raise ValueError(f'--batch_size={batch_size} x --gradient_accumulation_steps='
+                         f'{gradient_accumulation_steps} do not divide among {run.world} processes')
+    if not (eval_only or dry_run) and Path(init_from).resolve() == Path(out_dir).resolve():
+        raise ValueError(f'--out_dir={out_dir} is the run that --init_from reads: choose another')
+    run.device = auto_device(device, run.local_rank)
+    run.dtype = auto_dtype(dtype, run.device)
+    run.compile = run.device.startswith('cuda') if compile is None else compile
+    if run.device.startswith('cuda'):
+        torch.cuda.set_device(run.device)
+    if run.world > 1:
+        dist.init_process_group(backend or ('nccl' if run.device.startswith('cuda') else 'gloo'))
+    torch.set_float32_matmul_precision('high')
+    find_data(run)
+    return run
+
+
+def find_data(run):
+    """Set run.data and run.meta: dataset's, or fallback_dataset's, said loudly."""
+    global dataset, out_dir
+    for name in filter(None, (dataset, fallback_dataset)):
+        problem = ''
+        if run.local_rank == 0 or dry_run:
+            run.data, problem = find(name, prepare=not dry_run)
+        if run.world > 1:
+            dist.barrier()
+            run.data, problem = find(name, prepare=False)
+        if not problem or dry_run:
+            break
+        run.say(problem)
+    else:
+        raise ValueError(problem)
+    if name != dataset:
+        out_dir = out_dir.replace(dataset.replace('_', '-'), name.replace('_', '-'))
+        run.say(f'!!! NOT {dataset.upper()}: TRAINING ON {name.upper()} INSTEAD, IN {out_dir} !!!')
+        dataset = name
+    run.meta = read_meta(run.data)
+    run.config = {name: globals()[name] for name in read_settings(__file__)}
+
+
+def make_model(run):
+    """-> model on the CPU, and the checkpoint that it comes from ({} if from scratch)"""
+    if init_from == 'resume' and not Path(out_dir, 'ckpt.pt').exists():
+        run.say(f'{out_dir}: nothing is saved there yet, so this starts from scratch')
+    elif init_from != 'scratch' and not (dry_run and init_from in GPT2_SIZES):
+        source = f'{out_dir}/ckpt.pt' if init_from == 'resume' else init_from
+        model, tokenizer, checkpoint = load_model(source, dropout)
+        if tokenizer.spec != run.meta['tokenizer']:
+            raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
+        if block_size > model.config.block_size:
+            raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
+        return model, checkpoint
+    args = {f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in globals()}
+    args['vocab_size'] = run.meta['vocab_size']
+    if init_from in GPT2_SIZES:
+        shape = zip(('n_layer', 'n_head', 'n_embd'), GPT2_SIZES[init_from], strict=True)
+        args |= GPT2 | dict(shape)
+    with torch.device('meta' if dry_run else 'cpu'):
+        torch.manual_seed(seed)
+        return GPT(GPTConfig(**args)), {}
+
+
+def prepare(run, model, checkpoint):
+    """Put on run all that the loop needs: the optimizers, the network, what a checkpoint knows."""
+    run.model, run.tokenizer = model.to(run.device), Tokenizer(run.meta['tokenizer'])
+    precise = torch.float32 if run.dtype == torch.float32 else torch.bfloat16
+    run.optimizers = model.configure_optimizers(
+        weight_decay, learning_rate, (beta1, beta2), run.muon_lr, precise)
+    run.scaler = torch.amp.GradScaler('cuda', enabled=run.dtype == torch.float16,
+                                      init_scale=2.0 ** 16 / (batch_size * block_size))
+    run.lineage = checkpoint.get('lineage', [])
+    resumed = init_from == 'resume' and bool(checkpoint)
+    if resumed:
+        states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
+        states = states if isinstance(states, list) else [states]
+        for optimizer, state in zip(run.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        run.scaler.load_state_dict(checkpoint.get('scaler', {}))
+        run.step, run.best = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+        run.seconds = checkpoint.get('seconds', 0.0)
+    else:
+        run.lineage = run.lineage + [{'stage': stage, 'dataset': dataset, 'init_from': init_from,
+                                      'data': run.meta.get('sha256', {})}]
+    run.network = torch.compile(model) if run.compile else model
+    if run.world > 1:
+        devices = [run.local_rank] if run.device.startswith('cuda') else None
+        run.network = nn.parallel.DistributedDataParallel(run.network, device_ids=devices)
+    batches_evaluate = STAGES[stage](run)
+    if run.rank == 0 and not eval_only:
+        prepare_folder(run, Path(out_dir), resumed)
+    if wandb_log and run.rank == 0:
+        import wandb
+        run.wandb = wandb
+        wandb.init(project=wandb_project, name=wandb_run_name, config=run.config)
+
+    def forward(*batch):
+        if run.device.startswith('cuda'):   # pinned, so that the copy overlaps the GPU's work
+            batch = [t if t is None else t.pin_memory() for t in batch]
+        batch = [t if t is None else t.to(run.device, non_blocking=True) for t in batch]
+        with torch.autocast(run.device.split(':')[0], run.dtype, run.dtype != torch.float32):
+            return run.network(*batch)
+    run.forward = forward
+    return batches_evaluate
+
+
+def prepare_folder(run, folder, resumed):
+    """Move an older run aside, or cut a resumed run's log back to its checkpoint."""
+    path = folder / 'log.jsonl'
+    if not resumed and (folder / 'ckpt.pt').exists():
+        numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
+        aside = next(path for path in numbered if not path.exists())
+        folder.rename(aside)
+        run.say(f'{folder} holds a run already: moved to {aside}')
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding='utf-8').splitlines() if resumed and path.exists() else []
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= run.step]
+    path.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
 
 
 def main():
     configure(globals())
-    run = setup()
-    run.config = {name: globals()[name] for name in read_settings(__file__)}
-    meta = read_meta(run.data)
-    if dry_run and not is_ready(run.data):
-        run.say(f"data/{dataset} is not prepared: GPT-2's vocabulary is assumed")
     try:
-        run.tokenizer = None if dry_run else Tokenizer(meta['tokenizer'])
-        torch.manual_seed(seed)
-        model, checkpoint = make_model(run, meta['vocab_size'])
+        run = setup()
+        model, checkpoint = make_model(run)
         run.muon_lr = muon_lr
-        if muon_lr is None:
-            run.muon_lr = checkpoint['config'].get('muon_lr', 0.0) if checkpoint else 0.02
+        if muon_lr is None:     # nanoGPT's checkpoints and OpenAI's weights know no Muon
+            run.muon_lr = checkpoint.get('config', {}).get('muon_lr', 0.0) if checkpoint else 0.02
         run.config['muon_lr'] = run.muon_lr
-        preflight(run, model.config)
-        if dry_run:
-            return
-        train(run, model, checkpoint)
+        preflight(run, model)
+        if not dry_run:
+            batches, evaluate = prepare(run, model, checkpoint)
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, lambda *_: setattr(run, 'stop', 1))
+            loop(run, batches, evaluate)
     except (ValueError, OSError) as error:
-        sys.exit(f'{error}')
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        sys.exit(str(error))
+    except (RuntimeError, MemoryError) as error:
         if 'memory' not in str(error) and not isinstance(error, MemoryError):
             raise
         sys.exit(f'out of memory: halve --batch_size={batch_size} and double '
-                 f'--gradient_accumulation_steps={gradient_accumulation_steps}: the same step in less memory')
+                 f'--gradient_accumulation_steps={gradient_accumulation_steps}: the same step, '
+                 'in less memory')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def prepare_folder(run, folder, first, resumed):
-    """Make out_dir ready: move an older run aside, or cut a resumed run's log back to its checkpoint."""
-    log = folder / 'log.jsonl'
-    if resumed:
-        lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
-        kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= first]
-        log.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
-        return
-    if (folder / 'ckpt.pt').exists():
-        aside = next(p for p in (Path(f'{folder}.{n}') for n in range(1, 10 ** 6)) if not p.exists())
-        folder.rename(aside)
-        run.say(f'{folder} holds a run already: moved to {aside}')
-    folder.mkdir(parents=True, exist_ok=True)
-    log.write_text('')
-
-
-def train(run, model, checkpoint):
-    """Build what the loop needs around a model, and run it."""
-    run.model = model.to(run.device)
-    run.optimizers = run.model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), run.muon_lr,
-                                                    torch.float32 if run.dtype == torch.float32 else torch.bfloat16)
-    run.scaler = torch.amp.GradScaler('cuda', init_scale=2.0 ** 16 / (batch_size * block_size),
-                                      enabled=run.dtype == torch.float16)
-    resumed = 'optimizer' in checkpoint
-    if resumed:
-        states = checkpoint['optimizer']
-        for optimizer, state in zip(run.optimizers, states if isinstance(states, list) else [states], strict=True):
-            optimizer.load_state_dict(state)
-        run.scaler.load_state_dict(checkpoint.get('scaler', {}))
-    run.network = torch.compile(run.model) if run.compile else run.model
-    if run.world > 1:
-        run.network = torch.nn.parallel.DistributedDataParallel(
-            run.network, device_ids=[run.local_rank] if run.device.startswith('cuda') else None)
-
-    def forward(x, y, w=None):
-        if run.dtype == torch.float32:
-            return run.network(x, y, w)
-        with torch.autocast(run.device.split(':')[0], run.dtype):
-            return run.network(x, y, w)
-
-    run.forward, run.skipped, run.wandb = forward, 0, None
-    run.lineage = checkpoint.get('lineage', []) if resumed else checkpoint.get('lineage', []) + [
-        {'stage': stage, 'dataset': dataset, 'init_from': init_from, 'data': read_meta(run.data).get('sha256')}]
-    folder, first = Path(out_dir), checkpoint.get('iter_num', 0) if resumed else 0
-    batches, evaluate = STAGES[stage](run)
-    if run.rank == 0 and not eval_only:
-        prepare_folder(run, folder, first, resumed)
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: setattr(run, 'stop', True))
-    loop(run, batches, evaluate, first, checkpoint.get('best_val_loss', math.inf), checkpoint.get('seconds', 0.0))
 
 
 if __name__ == '__main__':

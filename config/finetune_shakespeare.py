@@ -1,4 +1,4 @@
-# Finetune GPT-2 XL on Shakespeare; with --init_from=gpt2 it fits into 8 GB and is nearly as much fun.
+# Finetune GPT-2 XL on Shakespeare; --init_from=gpt2 is smaller and nearly as much fun.
 stage = 'finetune'
 init_from = 'gpt2-xl'
 out_dir = 'out-shakespeare'
@@ -9,7 +9,7 @@ wandb_project = 'shakespeare'
 wandb_run_name = 'ft'
 always_save_checkpoint = False  # the loss turns up again soon: keep the best
 batch_size = 1
-gradient_accumulation_steps = 32    # 32,768 tokens a step, 301,966 in the data: 10 steps are about an epoch
+gradient_accumulation_steps = 32    # 32,768 tokens a step: 10 steps are about an epoch
 max_iters = 20
 learning_rate = 3e-5
 decay_lr = False

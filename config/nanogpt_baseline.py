@@ -1,4 +1,4 @@
-# nanoGPT's own architecture, optimizer, schedule and CPU recipe on tiny Shakespeare: the thing to beat.
+# nanoGPT's own architecture, optimizer, schedule and CPU recipe for tiny Shakespeare: what to beat.
 out_dir = 'out-nanogpt-baseline'
 dataset = 'shakespeare_char'
 norm = 'layer'
@@ -7,6 +7,7 @@ qk_norm = False
 activation = 'gelu'
 tied = True
 zero_init = False
+vocab_multiple = 1      # nanoGPT does not pad a table of characters
 n_layer = 4
 n_head = 4
 n_embd = 128

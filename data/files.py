@@ -1,10 +1,12 @@
 """
-Token files: getting a text, writing its tokens, reading windows of them without ever holding a file in memory.
+Token files: getting a text, writing its tokens, reading windows without holding a file in memory.
 
-data/<name>/{train,val}.bin (or train_*.bin, val_*.bin) are flat arrays of token ids; data/<name>/meta.json says of which
-type and vocabulary. A nanoGPT folder works as it is: no meta.json means GPT-2 tokens, or the characters in its meta.pkl.
+data/<name>/{train,val}.bin (or train_*.bin, val_*.bin) are flat arrays of token ids, meta.json says
+of which type and vocabulary. A nanoGPT folder works as it is: no meta.json means GPT-2 tokens, or
+the characters in its meta.pkl.
 """
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,7 +18,7 @@ DATA = Path(__file__).parent
 
 
 def download(urls, path, sha256, timeout=30):
-    """Fetch the first of urls that answers with the text whose checksum this is, and put it at path, whole or not at all."""
+    """Put at path, whole or not at all, the first of urls that gives the text of this checksum."""
     import requests
     problems = []
     for url in urls:
@@ -24,49 +26,59 @@ def download(urls, path, sha256, timeout=30):
             reply = requests.get(url, timeout=timeout)
             reply.raise_for_status()
             if hashlib.sha256(reply.content).hexdigest() == sha256:
-                return write(path, reply.content)
+                return write(path, lambda file, text=reply.content: file.write(text))
             problems.append(f'{url}: not the expected text (checksum differs)')
         except requests.RequestException as error:
             problems.append(f'{url}: {type(error).__name__}')
     raise ConnectionError(f'cannot download {Path(path).name}: ' + '; '.join(problems))
 
 
-def write(path, content):
-    """Write bytes under a temporary name, then rename: path is never half-written."""
-    path = Path(path)
-    path.with_suffix('.tmp').write_bytes(content)
-    os.replace(path.with_suffix('.tmp'), path)
+def write(path, put):
+    """Let put(file) write under a temporary name, flush, rename: path is never half-written."""
+    path, temporary = Path(path), Path(path).with_suffix('.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f'{path}: cannot be written ({str(error).splitlines()[0]}); what was there '
+                      'before is intact. Make room and go on') from None
 
 
 def write_tokens(folder, tokenizer, source, **splits):
-    """Write {split}.bin for every split (a list of ids, or an array) and then meta.json, which says that all is there."""
+    """Write {split}.bin for every split (its ids), then meta.json, which says that all is there."""
     dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
     arrays = {split: np.asarray(ids, dtype=dtype) for split, ids in splits.items()}
     for split, array in arrays.items():
         if len(array) < 2:
             raise ValueError(f'{source}: too short, {len(array)} tokens for {split}.bin')
     for split, array in arrays.items():
-        write(Path(folder) / f'{split}.bin', array.tobytes())
+        write(Path(folder) / f'{split}.bin', array.tofile)
         print(f'{split} has {len(array):,} tokens')
-    write_meta(folder, tokenizer, source, dtype, {split: len(array) for split, array in arrays.items()},
-               {split: hashlib.sha256(array).hexdigest() for split, array in arrays.items()})
+    write_meta(folder, tokenizer, source, dtype,
+               counts={split: len(array) for split, array in arrays.items()},
+               sha256={split: hashlib.sha256(array).hexdigest() for split, array in arrays.items()})
 
 
 def write_meta(folder, tokenizer, source, dtype, counts, sha256):
-    meta = dict(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.spec, counts=counts, source=str(source),
-                sha256=sha256)
-    write(Path(folder) / 'meta.json', json.dumps(meta, indent=1).encode())
+    meta = dict(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.spec,
+                counts=counts, source=str(source), sha256=sha256)
+    text = json.dumps(meta, indent=1).encode()
+    write(Path(folder) / 'meta.json', lambda file: file.write(text))
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numbers; a pickle that names any class or function is refused unexecuted."""
+    """Reads dicts, strings, numbers; a pickle that names a class or function is refused unrun."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'refused: it wants to load {module}.{name}')
 
 
 def read_meta(folder):
-    """-> meta of a data set's folder; for a nanoGPT folder, what its meta.pkl or its absence implies."""
+    """-> meta of a data set; for a nanoGPT folder, what its meta.pkl or its absence implies."""
     folder = Path(folder)
     if (folder / 'meta.json').exists():
         return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
@@ -76,55 +88,80 @@ def read_meta(folder):
                 itos = PlainUnpickler(file).load()['itos']
                 chars = ''.join(itos[i] for i in range(len(itos)))
             except (pickle.UnpicklingError, LookupError, TypeError, EOFError, ValueError) as error:
-                raise ValueError(f"{folder / 'meta.pkl'}: not nanoGPT's table of characters ({error})") from None
+                raise ValueError(f'{folder}/meta.pkl: no table of characters ({error})') from None
         spec = {'kind': 'char', 'chars': chars, 'special': []}
         return {'dtype': 'uint16', 'vocab_size': len(itos), 'tokenizer': spec}
     return {'dtype': 'uint16', 'vocab_size': 50304, 'tokenizer': {'kind': 'gpt2'}}
 
 
 def is_ready(folder):
-    """Whether a data set can be read: meta.json is written last, and nanoGPT's folders have a train.bin."""
+    """Whether a data set can be read: meta.json comes last; nanoGPT's folders have a train.bin."""
     return (Path(folder) / 'meta.json').exists() or (Path(folder) / 'train.bin').exists()
 
 
+def find(name, prepare):
+    """
+    -> the folder of a data set, and '' or what is wrong with it. A small one that is not there yet
+    is prepared if wanted; the large ones are prepared by hand. Raises ValueError if there is none.
+    """
+    folder, script = DATA / name, DATA / name / 'prepare.py'
+    if not folder.is_dir():
+        there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
+        raise ValueError(f'--dataset={name}: there is no data/{name}; there are: {there}')
+    if prepare and not is_ready(folder) and script.exists():
+        module = importlib.import_module(f'data.{name}.prepare')
+        try:
+            if hasattr(module, 'prepare'):
+                module.prepare()
+        except (OSError, ValueError) as error:
+            return folder, f'data/{name}: {error}'
+    return folder, '' if is_ready(folder) else f'first run: python data/{name}/prepare.py'
+
+
 class Tokens:
-    """One split of a data set, as one long sequence that stays on the disk. A window never spans two files."""
+    """One split of a data set: a long sequence, on disk. A window never spans two of its files."""
 
     def __init__(self, folder, split):
         self.meta = read_meta(folder)
         self.dtype = np.dtype(self.meta['dtype'])
-        self.paths = [p for p in [Path(folder) / f'{split}.bin'] if p.exists()] or sorted(Path(folder).glob(f'{split}_*.bin'))
+        one = Path(folder) / f'{split}.bin'
+        self.paths = [one] if one.exists() else sorted(Path(folder).glob(f'{split}_*.bin'))
         if not self.paths:
             raise ValueError(f'{folder}: there is no {split}.bin')
         for path in self.paths:
             if path.stat().st_size % self.dtype.itemsize:
                 raise ValueError(f'{path}: cut in the middle of a token; prepare it again')
-        self.sizes = np.array([path.stat().st_size // self.dtype.itemsize for path in self.paths])
+        width = self.dtype.itemsize
+        self.sizes = np.array([path.stat().st_size // width for path in self.paths])
         self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
 
     def __len__(self):
         return int(self.starts[-1])
 
     def windows(self, offsets, length):
-        """offsets: places in the sequence -> (len(offsets), length) int64. At the end of a file a window slides back."""
+        """Places in the sequence -> (places, length) int64. One at a file's end slides back."""
         files = np.searchsorted(self.starts, offsets, side='right') - 1
         out = np.empty((len(offsets), length), dtype=np.int64)
         for i in np.unique(files):
             if self.sizes[i] < length:
-                raise ValueError(f'{self.paths[i]}: {self.sizes[i]} tokens are too few for a window of {length}')
-            # A fresh memmap each time: its pages are given back, so that memory stays flat over a file of any size.
+                raise ValueError(f'{self.paths[i]}: too short for a window of {length} tokens')
+            # A fresh memmap each time gives its pages back: memory stays flat over any size.
             data = np.memmap(self.paths[i], dtype=self.dtype, mode='r')
             for row in np.flatnonzero(files == i):
                 start = min(offsets[row] - self.starts[i], self.sizes[i] - length)
                 out[row] = data[start:start + length]
         if out.size and out.max() >= self.meta['vocab_size']:
-            raise ValueError(f"{self.paths[0].parent}: token {out.max()} is beyond the vocabulary of "
-                             f"{self.meta['vocab_size']}; prepare it again")
+            raise ValueError(f'{self.paths[0].parent}: token {out.max()} is beyond the vocabulary '
+                             f'of {self.meta["vocab_size"]}; prepare it again')
         return out
 
     def cover(self, length):
-        """-> offsets, repeats: windows of length + 1 whose targets are every token but each file's first, once, if the
-        first repeats[i] targets of window i (which a file's last window, slid back, shares) are left out."""
+        """
+        -> offsets, repeats: windows of length + 1 whose targets are every token (but each file's
+        first) once, if window i leaves out its first repeats[i]: a file's last window slides back.
+        """
         places = [np.arange(0, size - 1, length) for size in self.sizes]
-        repeats = [np.maximum(0, place + length + 1 - size) for place, size in zip(places, self.sizes)]
-        return np.concatenate([p + s for p, s in zip(places, self.starts)]), np.concatenate(repeats)
+        repeats = [np.maximum(0, place + length + 1 - size)
+                   for place, size in zip(places, self.sizes, strict=True)]
+        offsets = [place + start for place, start in zip(places, self.starts[:-1], strict=True)]
+        return np.concatenate(offsets), np.concatenate(repeats)

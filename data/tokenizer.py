@@ -2,28 +2,32 @@
 Text to tokens and back: one token a character, or GPT-2's byte pairs (tiktoken).
 
 A tokenizer is a plain dict, small enough to travel in a checkpoint:
-    {'kind': 'char', 'chars': '\\n !,.?ABC...', 'special': ['<|endoftext|>', ...]}   or   {'kind': 'gpt2'}
-Special tokens come only from the program (or from encode(..., special=True)): in ordinary text they are letters.
+    {'kind': 'char', 'chars': '\\n !,...', 'special': ['<|endoftext|>', ...]} or {'kind': 'gpt2'}
+Special tokens come only from the program, or from encode(..., special=True): in ordinary text their
+names are letters.
 """
 import codecs
 import functools
 import re
 
-SPECIAL = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|call|>', '<|result|>', '<|end|>']
+SPECIAL = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|call|>', '<|result|>',
+           '<|end|>']
 
 
 @functools.cache
 def gpt2_encoding():
-    """GPT-2's byte pairs, with the chat tokens in the ids 50257 and up, where GPT-2's table is padding."""
+    """GPT-2's byte pairs, with the chat tokens in ids 50257 and up, where its table is padding."""
     import tiktoken
     try:
         base = tiktoken.get_encoding('gpt2')
     except Exception as error:      # tiktoken's download may fail in requests, urllib3 or ssl
-        raise ConnectionError(f"GPT-2's vocabulary is not cached and cannot be downloaded ({type(error).__name__}); "
-                              'copy it from a machine that has it and set TIKTOKEN_CACHE_DIR') from error
+        raise ConnectionError(
+            f"GPT-2's vocabulary is not cached and cannot be downloaded ({type(error).__name__}); "
+            'set TIKTOKEN_CACHE_DIR to a cache from a machine that has it') from error
     chat = {name: base.n_vocab + i for i, name in enumerate(SPECIAL[1:])}
-    return tiktoken.Encoding('gpt2-chat', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
-                             special_tokens={**base._special_tokens, **chat})
+    return tiktoken.Encoding(
+        'gpt2-chat', pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+        special_tokens={**base._special_tokens, **chat})
 
 
 class Tokenizer:
@@ -41,7 +45,7 @@ class Tokenizer:
             self.vocab_size = len(self.chars) + len(self.special)
             self.names = list(spec['chars']) + spec['special']
         else:
-            raise ValueError(f"a tokenizer of kind {spec['kind']!r}: only 'char' and 'gpt2' are known")
+            raise ValueError(f'a tokenizer of kind {spec["kind"]!r}: only char and gpt2 are known')
 
     @classmethod
     def of_text(cls, text):
@@ -50,40 +54,47 @@ class Tokenizer:
 
     @property
     def end(self):
-        """The id that ends a document (None where the vocabulary has none, as nanoGPT's characters)."""
+        """The id that ends a document; None where there is none, as in nanoGPT's characters."""
         return self.special.get('<|endoftext|>')
 
     def encode(self, text, special=False):
-        """text -> list of ids. special=True: the names of special tokens in it become those tokens."""
+        """text -> ids. special=True: the names of special tokens in it become those tokens."""
         if self.bpe:
-            return self.bpe.encode(text, allowed_special='all') if special else self.bpe.encode_ordinary(text)
-        pattern = '|'.join(map(re.escape, self.special)) if special else ''
-        ids = []
-        for part in re.split(f'({pattern})', text) if pattern else [text]:
-            ids += [self.special[part]] if pattern and part in self.special else map(self._char, part)
-        return ids
+            if special:
+                return self.bpe.encode(text, allowed_special='all')
+            return self.bpe.encode_ordinary(text)
+        if not (special and self.special):
+            return [self._char(c) for c in text]
+        parts = re.split('(' + '|'.join(map(re.escape, self.special)) + ')', text)
+        ids = ([self.special[p]] if p in self.special else map(self._char, p) for p in parts)
+        return [i for part in ids for i in part]
 
     def _char(self, c):
         if c not in self.chars:
-            raise ValueError(f'the character {c!r} (U+{ord(c):04X}) is not among the {len(self.chars)} '
+            raise ValueError(f'the character {c!r} (U+{ord(c):04X}) is none of {len(self.chars)} '
                              f'that this model has seen: {"".join(self.chars)!r}')
         return self.chars[c]
 
     def token_bytes(self, token):
-        """One id -> its UTF-8 bytes, which may be part of a character. An id beyond the vocabulary is U+FFFD."""
+        """One id -> its bytes, maybe part of a character; those of U+FFFD beyond the vocabulary."""
         if not 0 <= token < self.vocab_size:
             return '\ufffd'.encode()
-        return self.bpe.decode_single_token_bytes(token) if self.bpe else self.names[token].encode()
+        if self.bpe:
+            return self.bpe.decode_single_token_bytes(token)
+        return self.names[token].encode()
 
     def decode(self, ids):
         return b''.join(map(self.token_bytes, ids)).decode('utf-8', errors='replace')
 
     def byte_lengths(self):
-        """-> list: how many bytes of text each token stands for (0 for a special token), to count bits per byte."""
+        """-> list: how many bytes of text each token stands for, 0 for a special token."""
         special = set(self.special.values())
         return [0 if i in special else len(self.token_bytes(i)) for i in range(self.vocab_size)]
 
     def stream(self):
-        """-> a function from one id to the text that it completes: bytes wait until their character is whole."""
+        """-> function from an id to the text it completes: bytes wait for a whole character."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        return lambda token, last=False: decoder.decode(b'' if token is None else self.token_bytes(token), last)
+
+        def text_of(token, last=False):
+            return decoder.decode(b'' if token is None else self.token_bytes(token), last)
+        return text_of

@@ -1,8 +1,9 @@
 """
-Web pages to GPT-2 tokens: parquet or jsonl files with a column `text` in, shards of token files out.
+Web pages to GPT-2 tokens: parquet or jsonl files with a column `text` to shards.
 
-Each shard comes from a hundred row groups (about 100M tokens, 200 MB) and is written whole or not at all: stopped and
-started again, the work goes on with the first shard that is missing. Memory stays flat: a row group a process at a time.
+Each shard comes from a hundred row groups (100M tokens or so) and is written whole or not at all:
+stopped and started again, the work goes on with the first shard that is missing. Memory stays flat:
+a shard of tokens, and a row group of text in each process.
 """
 import glob
 import hashlib
@@ -30,7 +31,7 @@ def count_groups(path):
 
 
 def texts_of(path, group):
-    """-> the documents of one row group. Raises ValueError where there is no column of that name."""
+    """-> the documents of one row group. ValueError where there is no column `text`."""
     try:
         return read_texts(path, group)
     except KeyError as error:
@@ -47,7 +48,7 @@ def read_texts(path, group):
 
 
 def tokenize(job):
-    """(path, row group, held_out) -> train, val: arrays of tokens. The end token stands before each document."""
+    """(path, row group, held_out) -> train, val: their tokens, the end token before each text."""
     path, group, held_out = job
     texts, train, val = texts_of(path, group), [], []
     tokenizer = Tokenizer({'kind': 'gpt2'})
@@ -58,13 +59,14 @@ def tokenize(job):
 
 
 def hub_files(repository, folder=''):
-    """Yields the local path of each parquet file of a data set on the hub, downloaded when its turn comes."""
+    """Yields the path of each parquet file of a data set on the hub, fetched at its turn."""
     from huggingface_hub import hf_hub_download, list_repo_files
     for revision in 'main', 'refs/convert/parquet':
         names = list_repo_files(repository, repo_type='dataset', revision=revision)
         names = sorted(n for n in names if n.startswith(folder) and n.endswith('.parquet'))
         if names:
-            yield from (hf_hub_download(repository, n, repo_type='dataset', revision=revision) for n in names)
+            for name in names:
+                yield hf_hub_download(repository, name, repo_type='dataset', revision=revision)
             return
 
 
@@ -76,30 +78,33 @@ def shards_of(paths):
             yield f'{number:04d}_{first // GROUPS:04d}', path, groups[first:first + GROUPS]
 
 
-def prepare_web(folder, source, repository, repository_folder, held_out, max_shards, processes):
-    """Tokenize the files matching source, or the hub's repository, into folder/train_*.bin and val_*.bin."""
+def prepare_web(folder, source, repository, within, held_out, max_shards, processes):
+    """Tokenize the files matching source, or those within a repository of the hub, into folder."""
     folder, source_file = Path(folder), Path(folder) / 'source.json'
-    origin = [source or f'{repository}/{repository_folder}', held_out]
+    origin = [source or f'{repository}/{within}', held_out]
     if source and not glob.glob(source):
         raise FileNotFoundError(f'--source={source}: no such file')
     if source_file.exists() and json.loads(source_file.read_text()) != origin:
-        raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its *.bin and source.json')
+        raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its '
+                         '*.bin and source.json to begin anew')
     folder.mkdir(parents=True, exist_ok=True)
-    write(source_file, json.dumps(origin).encode())
-    paths = sorted(glob.glob(source)) if source else hub_files(repository, repository_folder)
+    write(source_file, lambda file: file.write(json.dumps(origin).encode()))
+    paths = sorted(glob.glob(source)) if source else hub_files(repository, within)
     with multiprocessing.Pool(processes) as pool:
         for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
             if (folder / f'train_{name}.bin').exists():
                 continue
             jobs = [(path, group, held_out) for group in groups]
-            train, val = zip(*tqdm(pool.imap(tokenize, jobs), total=len(jobs), desc=f'shard {name}'))
+            done = pool.imap(tokenize, jobs)
+            train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
             if sum(map(len, val)):
-                write(folder / f'val_{name}.bin', np.concatenate(val).tobytes())
-            write(folder / f'train_{name}.bin', np.concatenate(train).tobytes())
+                write(folder / f'val_{name}.bin', np.concatenate(val).tofile)
+            write(folder / f'train_{name}.bin', np.concatenate(train).tofile)
     shards = {split: sorted(folder.glob(f'{split}_*.bin')) for split in ('train', 'val')}
     if not shards['val']:
-        raise ValueError(f'no document was held out for validation: give --held_out less than {held_out}')
-    counts = {split: sum(path.stat().st_size // 2 for path in paths) for split, paths in shards.items()}
-    sums = {path.name: hashlib.file_digest(open(path, 'rb'), 'sha256').hexdigest() for s in shards.values() for path in s}
+        raise ValueError(f'no document was held out: make --held_out less than {held_out}')
+    counts = {split: sum(p.stat().st_size // 2 for p in paths) for split, paths in shards.items()}
+    sums = {path.name: hashlib.sha256(np.memmap(path, mode='r')).hexdigest()
+            for paths in shards.values() for path in paths}
     write_meta(folder, Tokenizer({'kind': 'gpt2'}), origin[0], 'uint16', counts, sums)
     print(f'{counts["train"]:,} tokens to train on, {counts["val"]:,} to validate')

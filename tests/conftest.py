@@ -1,8 +1,10 @@
 """What the tests share: a tiny data set, tiny models, and the scripts run as a user runs them."""
+
 import contextlib
 import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +20,20 @@ from data.files import write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 
-TEXT = 'To be, or not to be: that is the question.\nWhether it is nobler in the mind to suffer\n' * 40
-TINY = ('--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 '
-        '--warmup_iters=2 --learning_rate=3e-3 --min_lr=0 --device=cpu --dtype=float32 --sample_tokens=8').split()
-FAMILIES = {'modern': {}, 'grouped heads': {'n_kv_head': 1}, 'n-grams': {'ngrams': 3, 'ngram_rows': 60}, 'GPT-2': dict(GPT2, vocab_multiple=64)}
+TEXT = (
+    'To be, or not to be: that is the question.\nWhether it is nobler in the mind to suffer\n' * 40
+)
+TINY = (
+    '--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 '
+    '--gradient_accumulation_steps=2 --warmup_iters=2 --learning_rate=3e-3 --min_lr=0 '
+    '--device=cpu --dtype=float32 --sample_tokens=8'
+).split()
+FAMILIES = {
+    'modern': {},
+    'grouped heads': {'n_kv_head': 1},
+    'n-grams': {'ngrams': 3, 'ngram_rows': 60},
+    'GPT-2': dict(GPT2, vocab_multiple=64),
+}
 
 
 def tiny(seed=0, **changes):
@@ -51,9 +63,16 @@ def dataset(tmp_path_factory):
 
 
 def run(script, *arguments, cwd=None, ok=True, env=None, timeout=240):
-    """Run one of the scripts as a user would. -> stdout and stderr together; ok=False expects a one-line refusal."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, timeout=timeout,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})})
+    """Run a script as a user would. -> stdout and stderr together; ok=False expects a refusal."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
     if ok:
         assert done.returncode == 0, done.stdout
     else:
@@ -62,24 +81,41 @@ def run(script, *arguments, cwd=None, ok=True, env=None, timeout=240):
     return done.stdout
 
 
-def inside(script, *arguments):
-    """Run a script's main() in this process, which is quicker. -> what it printed; a refusal's line is the last."""
+def inside(script, *arguments, cwd=None, ok=True):
+    """The same in this process, which is quicker. -> what it printed, then the refusal."""
     module, printed = importlib.import_module(script.removesuffix('.py')), io.StringIO()
-    before = dict(vars(module))
-    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+    before, refusal = dict(vars(module)), None
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(sys, 'argv', [script, *map(str, arguments)])
+        if cwd:
+            patch.chdir(cwd)
         try:
             module.main()
         except SystemExit as stop:
-            printed.write(f'\nexit: {stop.code}')
+            refusal = stop.code
         finally:
             vars(module).update(before)
-    return printed.getvalue()
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, signal.default_int_handler)
+    assert (refusal is None) == ok, (refusal, printed.getvalue())
+    assert ok or (isinstance(refusal, str) and '\n' not in refusal), refusal
+    return printed.getvalue() + (refusal or '')
 
 
 @pytest.fixture(scope='session')
 def trained(dataset, tmp_path_factory):
     """-> the folder of a short finished run."""
     folder = tmp_path_factory.mktemp('runs') / 'out'
-    run('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={folder}', '--max_iters=12', '--eval_interval=6')
+    inside(
+        'train.py',
+        *TINY,
+        f'--dataset={dataset}',
+        f'--out_dir={folder}',
+        '--max_iters=12',
+        '--eval_interval=6',
+    )
     return folder

@@ -1,4 +1,5 @@
-"""Tokens and token files: round trips, hostile files, downloads that fail, the tokenizing of web pages."""
+"""Tokens and token files: round trips, hostile files, downloads that fail, web pages."""
+
 import json
 import os
 import pickle
@@ -20,11 +21,14 @@ MIXED = 'naïve 🙂 سلام 你好 é'
 
 @pytest.fixture
 def bpe(monkeypatch):
-    """GPT-2's tokenizer without its file: the 256 bytes and one merge, under the same class and ids."""
+    """GPT-2's tokenizer without its file: the 256 bytes and one merge, in the same class."""
     import tiktoken
+
     ranks = {bytes([i]): i for i in range(256)}
     ranks.update({b'th': 256})
-    tiny = tiktoken.Encoding('tiny', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257})
+    tiny = tiktoken.Encoding(
+        'tiny', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257}
+    )
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiny)
     data.tokenizer.gpt2_encoding.cache_clear()
     yield Tokenizer({'kind': 'gpt2'})
@@ -91,18 +95,34 @@ def test_validation_covers_every_target_once(tmp_path, size):
 def test_reading_a_huge_file_keeps_memory_flat(tmp_path):
     """A sparse file of 20 GB, read all over: the process grows by far less than it has read."""
     with open(tmp_path / 'train.bin', 'wb') as file:
-        file.truncate(20 * 10 ** 9)
-    code = ('import numpy as np, resource, sys; from data.files import Tokens; t = Tokens(sys.argv[1], "train");'
-            'rng = np.random.default_rng(0); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;'
-            't.windows(rng.integers(len(t) - 1025, size=64), 1025); before = peak();'
-            '[t.windows(rng.integers(len(t) - 1025, size=64), 1025) for _ in range(100)]; print(peak() - before)')
-    grown = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+        file.truncate(20 * 10**9)
+    code = (
+        'import numpy as np, resource, sys; from data.files import Tokens;'
+        't, rng = Tokens(sys.argv[1], "train"), np.random.default_rng(0);'
+        'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;'
+        't.windows(rng.integers(len(t) - 1025, size=64), 1025); before = peak();'
+        '[t.windows(rng.integers(len(t) - 1025, size=64), 1025) for _ in range(100)];'
+        'print(peak() - before)'
+    )
+    grown = subprocess.run(
+        [sys.executable, '-c', code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     kilobytes = int(grown.stdout) // (1024 if sys.platform == 'darwin' else 1)
-    assert kilobytes < 8000     # 6,400 windows of 2 KB in pages of 4 KB or more would be 26,000
+    assert kilobytes < 8000  # 6,400 windows of 2 KB in pages of 4 KB or more would be 26,000
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'', 'too few'), (b'\1\0' * 8 + b'\1', 'cut in the middle'), (b'\xff\xff' * 64, 'beyond the vocabulary')])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'', 'too few'),
+        (b'\1\0' * 8 + b'\1', 'cut in the middle'),
+        (b'\xff\xff' * 64, 'beyond the vocabulary'),
+    ],
+)
 def test_a_damaged_token_file_is_named(tmp_path, content, words):
     (tmp_path / 'train.bin').write_bytes(content)
     with pytest.raises(ValueError, match=words):
@@ -124,6 +144,7 @@ def test_a_pickle_that_carries_code_is_refused_unexecuted(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'exploded'),)
+
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'itos': Bomb()}))
     with pytest.raises(ValueError, match='refused'):
         read_meta(tmp_path)
@@ -148,6 +169,7 @@ def test_a_download_tries_the_second_source_and_checks_the_sum(tmp_path, monkeyp
     import hashlib
 
     import requests
+
     asked = []
 
     def get(url, timeout):
@@ -155,28 +177,46 @@ def test_a_download_tries_the_second_source_and_checks_the_sum(tmp_path, monkeyp
         if url == 'http://first':
             raise requests.ConnectTimeout
         return Reply(b'good' if url == 'http://third' else b'bad')
+
     monkeypatch.setattr(requests, 'get', get)
     path = tmp_path / 'text'
-    download(['http://first', 'http://second', 'http://third'], path, hashlib.sha256(b'good').hexdigest())
-    assert path.read_bytes() == b'good' and [url for url, _ in asked] == ['http://first', 'http://second', 'http://third']
+    download(
+        ['http://first', 'http://second', 'http://third'], path, hashlib.sha256(b'good').hexdigest()
+    )
+    assert path.read_bytes() == b'good' and [url for url, _ in asked] == [
+        'http://first',
+        'http://second',
+        'http://third',
+    ]
     assert all(0 < timeout < 120 for _, timeout in asked)
     with pytest.raises(ConnectionError, match='ConnectTimeout.*checksum differs'):
-        download(['http://first', 'http://second'], tmp_path / 'other', hashlib.sha256(b'good').hexdigest())
+        download(
+            ['http://first', 'http://second'],
+            tmp_path / 'other',
+            hashlib.sha256(b'good').hexdigest(),
+        )
     assert [p.name for p in tmp_path.iterdir()] == ['text']
 
 
 def test_shakespeare_is_prepared_from_a_local_file(tmp_path):
     from data.shakespeare_char.prepare import prepare
+
     (tmp_path / 'hamlet.txt').write_text(TEXT)
     prepare(str(tmp_path / 'hamlet.txt'), tmp_path)
     meta = read_meta(tmp_path)
-    assert meta['counts'] == {'train': int(len(TEXT) * 0.9), 'val': len(TEXT) - int(len(TEXT) * 0.9)}
-    text = Tokenizer(meta['tokenizer']).decode(Tokens(tmp_path, 'val').windows(np.array([0]), 40)[0].tolist())
-    assert text == TEXT[int(len(TEXT) * 0.9):][:40]
+    assert meta['counts'] == {
+        'train': int(len(TEXT) * 0.9),
+        'val': len(TEXT) - int(len(TEXT) * 0.9),
+    }
+    text = Tokenizer(meta['tokenizer']).decode(
+        Tokens(tmp_path, 'val').windows(np.array([0]), 40)[0].tolist()
+    )
+    assert text == TEXT[int(len(TEXT) * 0.9) :][:40]
 
 
 def test_pydocs_come_from_the_running_python_and_are_plain(tmp_path):
     from data.pydocs_char.prepare import prepare, read_texts
+
     texts = read_texts()
     assert len(texts) == len(set(texts)) > 1000
     assert any('Assignment statements are used to' in text for text in texts)
@@ -186,12 +226,15 @@ def test_pydocs_come_from_the_running_python_and_are_plain(tmp_path):
 
 
 def documents(folder, form, count=2500):
-    rows = [{'text': f'this is the page {i} ' + 'words ' * (i % 7), 'url': 'x'} for i in range(count)]
+    rows = [
+        {'text': f'this is the page {i} ' + 'words ' * (i % 7), 'url': 'x'} for i in range(count)
+    ]
     if form == 'jsonl':
         (folder / 'pages.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     else:
         import pyarrow as pa
         import pyarrow.parquet as pq
+
         pq.write_table(pa.Table.from_pylist(rows), folder / 'pages.parquet', row_group_size=500)
     return [row['text'] for row in rows]
 
@@ -200,20 +243,27 @@ def documents(folder, form, count=2500):
 def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, monkeypatch):
     texts = documents(tmp_path, form)
     monkeypatch.setattr(web, 'GROUPS', 1)
-    monkeypatch.setattr(web.multiprocessing, 'Pool', SerialPool)    # a child would not know the tiny vocabulary
+    monkeypatch.setattr(
+        web.multiprocessing, 'Pool', SerialPool
+    )  # a child would not know the tiny vocabulary
     out, source = tmp_path / 'out', f'{tmp_path}/pages.{form}'
     out.mkdir()
     web.prepare_web(out, source, '', '', 50, 1, 1)
     first = out / 'train_0000_0000.bin'
     assert [p.name for p in sorted(out.glob('train*'))] == [first.name]
     stamp = first.stat().st_mtime_ns
-    (out / 'train_0000_0001.tmp').write_bytes(b'half')      # what a kill may leave
+    (out / 'train_0000_0001.tmp').write_bytes(b'half')  # what a kill may leave
     web.prepare_web(out, source, '', '', 50, 0, 1)
     assert first.stat().st_mtime_ns == stamp
-    written = [bpe.decode([i for i in np.fromfile(path, np.uint16).tolist()]) for path in sorted(out.glob('*_*.bin'))]
+    written = [
+        bpe.decode([i for i in np.fromfile(path, np.uint16).tolist()])
+        for path in sorted(out.glob('*_*.bin'))
+    ]
     pages = [page for shard in written for page in shard.split('<|endoftext|>')[1:]]
     assert sorted(pages) == sorted(texts)
-    held_out = sum(path.stat().st_size for path in out.glob('val*')) / sum(p.stat().st_size for p in out.glob('*.bin'))
+    held_out = sum(path.stat().st_size for path in out.glob('val*')) / sum(
+        p.stat().st_size for p in out.glob('*.bin')
+    )
     assert 0.01 < held_out < 0.04 and is_sha(read_meta(out)['sha256'])
     with pytest.raises(ValueError, match='begun from'):
         web.prepare_web(out, f'{tmp_path}/*', '', '', 50, 0, 1)
@@ -238,10 +288,17 @@ class SerialPool:
 
 def test_a_source_that_is_absent_or_has_no_text_is_named(tmp_path):
     (tmp_path / 'bad.jsonl').write_text('{"body": "no text"}\n')
-    for source, words in (tmp_path / 'none*.parquet', 'no such file'), (tmp_path / 'bad.jsonl', "'text'"):
-        assert words in run('data/fineweb/prepare.py', f'--source={source}', f'--out_dir={tmp_path}/out', ok=False)
+    for source, words in (
+        (tmp_path / 'none*.parquet', 'no such file'),
+        (tmp_path / 'bad.jsonl', "'text'"),
+    ):
+        assert words in run(
+            'data/fineweb/prepare.py', f'--source={source}', f'--out_dir={tmp_path}/out', ok=False
+        )
 
 
 def test_preparing_by_hand_says_what_is_wrong():
-    assert 'No such file' in run('data/shakespeare_char/prepare.py', '--source=/nowhere.txt', ok=False)
+    assert 'No such file' in run(
+        'data/shakespeare_char/prepare.py', '--source=/nowhere.txt', ok=False
+    )
     assert '--key=value' in run('data/shakespeare_char/prepare.py', '--source', ok=False)

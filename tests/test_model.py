@@ -1,4 +1,5 @@
-"""The network against independent truths: itself without a cache, transformers, formulas in float64."""
+"""The network against independent truths: itself uncached, transformers, formulas."""
+
 import json
 import pickle
 
@@ -12,7 +13,7 @@ from sample import load_model
 
 
 def cached_logits(model, idx, pieces):
-    """Feed idx: (B, T) through a cache in pieces of the given lengths; the logits after each piece."""
+    """Feed idx: (B, T) through a cache in pieces; the logits after each piece."""
     cache = KVCache(model.config, len(idx), dtype=model.lm_head.weight.dtype)
     return [model(piece, cache=cache)[0][:, 0] for piece in idx.split(pieces, dim=1)]
 
@@ -63,7 +64,7 @@ def test_a_row_with_nothing_to_read_stays_where_it_is(model):
 
 def test_a_full_cache_is_refused():
     model = tiny()
-    with pytest.raises(ValueError, match='block_size = 24'):
+    with pytest.raises(ValueError, match='block_size=24'):
         model(torch.zeros(1, 25, dtype=torch.long), cache=KVCache(model.config, 1))
 
 
@@ -91,7 +92,9 @@ def test_tokens_not_in_play_change_nothing(model):
     weights[:, 4:] = 1e3
     long = gradients(idx, targets, weights)
     torch.testing.assert_close(long[0], short[0])
-    if model.config.position == 'rope':     # learned positions of unseen places get a zero instead of nothing
+    if (
+        model.config.position == 'rope'
+    ):  # learned positions of unseen places get a zero instead of nothing
         for a, b in zip(long[1], short[1], strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -100,8 +103,12 @@ def test_the_loss_is_the_weighted_sum_over_tokens_in_play(model):
     idx, targets, weights = torch.randint(50, (2, 9)), torch.randint(50, (2, 9)), torch.randn(2, 9)
     targets[0, 2] = targets[1, 5] = -1
     logits, loss = model(idx, targets, weights)
-    by_hand = sum(-weights[b, t].double() * F.log_softmax(logits[b, t].double(), 0)[targets[b, t]]
-                  for b in range(2) for t in range(9) if targets[b, t] != -1)
+    by_hand = sum(
+        -weights[b, t].double() * F.log_softmax(logits[b, t].double(), 0)[targets[b, t]]
+        for b in range(2)
+        for t in range(9)
+        if targets[b, t] != -1
+    )
     torch.testing.assert_close(loss.double(), by_hand, atol=1e-3, rtol=1e-5)
 
 
@@ -118,16 +125,23 @@ def test_ids_beyond_the_vocabulary_have_no_probability_and_no_gradient():
     idx = torch.randint(50, (2, 8))
     logits, loss = model(idx, idx)
     assert logits.shape[-1] == 50
-    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction='sum'))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction='sum')
+    )
     loss.backward()
-    assert (model.lm_head.weight.grad[50:] == 0).all() and (model.lm_head.weight.grad[:50] != 0).any()
+    assert (model.lm_head.weight.grad[50:] == 0).all() and (
+        model.lm_head.weight.grad[:50] != 0
+    ).any()
 
 
 def test_rotary_positions_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16).double()
 
     def score(i, j):
-        return (rotate(q, *rotary(torch.tensor([[i]]), 16)) * rotate(k, *rotary(torch.tensor([[j]]), 16))).sum()
+        return (
+            rotate(q, *rotary(torch.tensor([[i]]), 16))
+            * rotate(k, *rotary(torch.tensor([[j]]), 16))
+        ).sum()
 
     torch.testing.assert_close(score(5, 3), score(105, 103), atol=1e-4, rtol=1e-4)
     assert (score(5, 3) - score(5, 4)).abs() > 1e-3
@@ -136,17 +150,26 @@ def test_rotary_positions_depend_on_distance_only():
 @pytest.fixture
 def transformers_gpt2(tmp_path):
     """-> a tiny random GPT-2 of transformers, and the folder that it was saved to."""
-    transformers = pytest.importorskip('transformers', reason='a test-only package: pip install transformers')
+    transformers = pytest.importorskip(
+        'transformers', reason='a test-only package: pip install transformers'
+    )
 
     def build(activation):
         torch.manual_seed(3)
-        config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=24, vocab_size=50,
-                                         activation_function=activation)
+        config = transformers.GPT2Config(
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            n_positions=24,
+            vocab_size=50,
+            activation_function=activation,
+        )
         theirs = transformers.GPT2LMHeadModel(config).eval()
         for p in theirs.parameters():
             torch.nn.init.normal_(p, std=0.2)
         theirs.save_pretrained(tmp_path)
         return theirs, tmp_path
+
     return build
 
 
@@ -158,17 +181,30 @@ def test_gpt2_logits_equal_those_of_transformers(transformers_gpt2):
 
 
 def test_a_nanogpt_checkpoint_loads_and_gives_its_logits(transformers_gpt2, tmp_path):
-    """nanoGPT is GPT-2 with the exact GELU; its checkpoints hold out x in matrices and, compiled, a prefix."""
+    """nanoGPT is GPT-2 with the exact GELU; its matrices are out x in, prefixed if compiled."""
     theirs, _ = transformers_gpt2('gelu')
     state = {}
     for name, p in theirs.state_dict().items():
         matrix = '.h.' in name and p.dim() == 2
         state['_orig_mod.' + name] = (p.t() if matrix else p).clone()
-    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=24, bias=True, vocab_size=50, dropout=0.0)
-    torch.save({'model': state, 'model_args': args, 'iter_num': 7, 'best_val_loss': torch.tensor(1.5), 'optimizer': {},
-                'config': {'dataset': str(tmp_path)}}, tmp_path / 'run.pt')
+    args = dict(
+        n_layer=2, n_head=2, n_embd=32, block_size=24, bias=True, vocab_size=50, dropout=0.0
+    )
+    torch.save(
+        {
+            'model': state,
+            'model_args': args,
+            'iter_num': 7,
+            'best_val_loss': torch.tensor(1.5),
+            'optimizer': {},
+            'config': {'dataset': str(tmp_path)},
+        },
+        tmp_path / 'run.pt',
+    )
     with open(tmp_path / 'meta.pkl', 'wb') as file:
-        pickle.dump({'vocab_size': 50, 'itos': {i: chr(65 + i) for i in range(50)}, 'stoi': {}}, file)
+        pickle.dump(
+            {'vocab_size': 50, 'itos': {i: chr(65 + i) for i in range(50)}, 'stoi': {}}, file
+        )
     model, tokenizer, checkpoint = load_model(str(tmp_path / 'run.pt'))
     idx = torch.randint(50, (2, 24))
     assert (model.eval()(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
@@ -213,31 +249,50 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
 
 def test_every_parameter_has_exactly_one_optimizer(model):
     for muon_lr in 0.0, 0.02:
-        groups = [g for o in model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), muon_lr) for g in o.param_groups]
+        groups = [
+            g
+            for o in model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), muon_lr)
+            for g in o.param_groups
+        ]
         owned = [id(p) for g in groups for p in g['params']]
         assert sorted(owned) == sorted(id(p) for p in model.parameters())
 
 
 def test_flops_are_those_that_torch_counts():
-    """torch counts attention's two products in full, forward once and backward twice: PaLM's convention."""
+    """torch counts attention's two products in full, once forward, twice backward: as PaLM."""
     from torch.utils.flop_counter import FlopCounterMode
+
     model = tiny(vocab_size=64)
     idx = torch.randint(64, (2, 24))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         model(idx, idx)[1].backward()
-    assert counter.get_total_flops() == pytest.approx(model.flops_per_token() * idx.numel(), rel=0.02)
+    assert counter.get_total_flops() == pytest.approx(
+        model.flops_per_token() * idx.numel(), rel=0.02
+    )
 
 
-@pytest.mark.parametrize('wrong, words', [
-    (dict(n_embd=33), 'n_embd = 33'), (dict(n_head=4, n_kv_head=3), 'n_kv_head = 3'), (dict(norm='batch'), 'norm'),
-    (dict(n_embd=6, n_head=2), 'even width')])
+@pytest.mark.parametrize(
+    'wrong, words',
+    [
+        (dict(n_embd=33), 'n_embd = 33'),
+        (dict(n_head=4, n_kv_head=3), 'n_kv_head = 3'),
+        (dict(norm='batch'), 'norm'),
+        (dict(n_embd=6, n_head=2), 'even width'),
+    ],
+)
 def test_an_impossible_architecture_is_named(wrong, words):
     with pytest.raises(ValueError, match=words):
         GPTConfig(**{**dict(n_embd=32, n_head=2), **wrong})
 
 
 def test_the_two_families_differ_in_what_the_table_says():
-    names = {name: {n for n, _ in tiny(**changes).named_parameters()} for name, changes in FAMILIES.items()}
+    names = {
+        name: {n for n, _ in tiny(**changes).named_parameters()}
+        for name, changes in FAMILIES.items()
+    }
     assert 'transformer.wpe.weight' in names['GPT-2'] - names['modern']
     assert 'lm_head.weight' in names['modern'] - names['GPT-2']
-    assert json.dumps(GPT2)     # plain values: it travels in checkpoints
+    assert json.dumps(GPT2)  # plain values: it travels in checkpoints

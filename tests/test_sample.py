@@ -1,17 +1,18 @@
-"""Decoding: the cached loop against the slow way, windows, sampling, hostile checkpoints, the command line."""
+"""Decoding: the cached loop against the slow way, windows, sampling, hostile checkpoints."""
+
 import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, run, tiny
+from conftest import FAMILIES, inside, tiny
 
 from sample import decode, generate, probabilities, read_checkpoint
 
 
 def slow(model, prompt, count, seed=0, end=None, **how):
-    """The slow way: a forward pass over the whole context for every token, one row, the documented window rule."""
+    """The slow way: a pass over the whole context for every token, and the window rule."""
     rng, window = np.random.default_rng(seed), model.config.block_size
     text, context = list(prompt), list(prompt)[-window:]
     while len(text) < len(prompt) + count:
@@ -21,12 +22,17 @@ def slow(model, prompt, count, seed=0, end=None, **how):
         text.append(token)
         if token == end:
             break
-        context = text[-(window // 2):] if len(context) == window else context + [token]
-    return text[len(prompt):]
+        context = text[-(window // 2) :] if len(context) == window else context + [token]
+    return text[len(prompt) :]
 
 
 def test_cached_decoding_writes_the_same_tokens_as_the_slow_way(model):
-    for how in dict(temperature=0), dict(temperature=1.0, seed=5), dict(temperature=0.7, top_k=5), dict(top_p=0.5):
+    for how in (
+        dict(temperature=0),
+        dict(temperature=1.0, seed=5),
+        dict(temperature=0.7, top_k=5),
+        dict(top_p=0.5),
+    ):
         assert generate(model, [[1, 2, 3]], 18, **how) == [slow(model, [1, 2, 3], 18, **how)]
 
 
@@ -39,7 +45,9 @@ def test_prompts_around_the_window_and_samples_beyond_it(model, length):
 def test_batched_rows_get_what_each_gets_alone(model):
     prompts = [[1], [4, 5, 6, 7, 8, 9, 10], [2, 3]]
     together = generate(model, prompts, 30, seed=11, temperature=0.9)
-    assert together == [generate(model, [p], 30, seed=11 + i, temperature=0.9)[0] for i, p in enumerate(prompts)]
+    assert together == [
+        generate(model, [p], 30, seed=11 + i, temperature=0.9)[0] for i, p in enumerate(prompts)
+    ]
 
 
 def test_a_row_stops_at_its_end_token_and_the_others_go_on(model):
@@ -47,7 +55,7 @@ def test_a_row_stops_at_its_end_token_and_the_others_go_on(model):
     free = generate(model, prompts, 20, seed=3)
     end = free[2][4]
     stopped = generate(model, prompts, 20, seed=3, end=end)
-    assert stopped == [text[:text.index(end) + 1] if end in text else text for text in free]
+    assert stopped == [text[: text.index(end) + 1] if end in text else text for text in free]
     assert len(stopped[2]) <= 5
     assert len(list(decode(model, [prompts[2]], 20, seed=5, end=end))) == len(stopped[2])
 
@@ -56,11 +64,17 @@ def test_probabilities_are_those_of_the_formula():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     softmax = logits.exp() / logits.exp().sum()
     torch.testing.assert_close(probabilities(logits), softmax)
-    torch.testing.assert_close(probabilities(logits, temperature=0.5), (2 * logits).exp() / (2 * logits).exp().sum())
+    torch.testing.assert_close(
+        probabilities(logits, temperature=0.5), (2 * logits).exp() / (2 * logits).exp().sum()
+    )
     assert probabilities(logits, temperature=0).tolist() == [[1, 0, 0, 0]]
-    torch.testing.assert_close(probabilities(logits, top_k=2), torch.tensor([[0.7310586, 0.2689414, 0, 0]]))
+    torch.testing.assert_close(
+        probabilities(logits, top_k=2), torch.tensor([[0.7310586, 0.2689414, 0, 0]])
+    )
     torch.testing.assert_close(probabilities(logits, top_p=0.6), torch.tensor([[1.0, 0, 0, 0]]))
-    torch.testing.assert_close(probabilities(logits, top_p=0.7), torch.tensor([[0.7310586, 0.2689414, 0, 0]]))
+    torch.testing.assert_close(
+        probabilities(logits, top_p=0.7), torch.tensor([[0.7310586, 0.2689414, 0, 0]])
+    )
 
 
 def test_tokens_are_drawn_as_often_as_their_probability():
@@ -77,42 +91,78 @@ def test_ids_beyond_the_vocabulary_are_never_drawn():
 
 
 def test_a_run_samples_by_its_folder_alone(trained, tmp_path):
-    text = run('sample.py', f'--out_dir={trained}', '--start=To be', '--num_samples=3', '--max_new_tokens=40', cwd=tmp_path)
+    text = inside(
+        'sample.py',
+        f'--out_dir={trained}',
+        '--start=To be',
+        '--num_samples=3',
+        '--max_new_tokens=40',
+        cwd=tmp_path,
+    )
     assert text.count('To be') >= 3 and text.count('---------------') == 3
     assert 'tokens/s' in text and 'memory bandwidth' in text
-    assert run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--seed=4').split('-----')[0] \
-        == run('sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--seed=4').split('-----')[0]
+    assert (
+        inside(
+            'sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--seed=4'
+        ).split('-----')[0]
+        == inside(
+            'sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--seed=4'
+        ).split('-----')[0]
+    )
 
 
 def test_a_prompt_from_a_file_and_one_longer_than_the_window(trained, tmp_path):
     (tmp_path / 'prompt.txt').write_text('that is the question.\n' * 3)
-    text = run('sample.py', f'--out_dir={trained}', f'--start=FILE:{tmp_path}/prompt.txt', '--num_samples=1',
-               '--max_new_tokens=40')
-    assert 'the prompt has 66 tokens; the model sees the last 16' in text and text.count('question') >= 3
+    text = inside(
+        'sample.py',
+        f'--out_dir={trained}',
+        f'--start=FILE:{tmp_path}/prompt.txt',
+        '--num_samples=1',
+        '--max_new_tokens=40',
+    )
+    assert (
+        'the prompt has 66 tokens; the model sees the last 16' in text
+        and text.count('question') >= 3
+    )
 
 
 def test_the_end_token_in_a_prompt_is_the_token(trained):
-    text = run('sample.py', f'--out_dir={trained}', '--start=<|endoftext|>To', '--num_samples=1', '--max_new_tokens=2')
+    text = inside(
+        'sample.py',
+        f'--out_dir={trained}',
+        '--start=<|endoftext|>To',
+        '--num_samples=1',
+        '--max_new_tokens=2',
+    )
     assert text.startswith('<|endoftext|>To')
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--start=To \u00e9'], "'é' (U+00E9)"), (['--temperature=-1'], '--temperature=-1.0: out of range'),
-    (['--top_p=0'], '--top_p=0.0'), (['--start=FILE:/nowhere'], 'No such file'), (['--device=tpu'], 'choose cuda'),
-    (['--dtype=float16', '--device=cpu'], 'only on CUDA'), (['--num_samples=0'], '--num_samples=0')])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--start=To \u00e9'], "'é' (U+00E9)"),
+        (['--temperature=-1'], '--temperature=-1.0: out of range'),
+        (['--top_p=0'], '--top_p=0.0'),
+        (['--start=FILE:/nowhere'], 'No such file'),
+        (['--device=tpu'], 'choose cuda'),
+        (['--dtype=float16', '--device=cpu'], 'only on CUDA'),
+        (['--num_samples=0'], '--num_samples=0'),
+    ],
+)
 def test_bad_input_to_sampling_is_one_clear_line(trained, arguments, words):
-    assert words in run('sample.py', f'--out_dir={trained}', *arguments, ok=False)
+    assert words in inside('sample.py', f'--out_dir={trained}', *arguments, ok=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has the GPU')
 @pytest.mark.parametrize('script', ['sample.py', 'train.py'])
 def test_a_gpu_that_is_absent_is_refused(script):
-    assert '--device=cuda: PyTorch finds no such device' in run(script, '--device=cuda', ok=False)
+    assert 'PyTorch finds no such device' in inside(script, '--device=cuda', ok=False)
 
 
 def test_a_missing_run_lists_those_that_exist(trained):
-    assert f'out-x: no run there; there are: {trained.name}' in run('sample.py', '--out_dir=out-x', cwd=trained.parent,
-                                                                   ok=False)
+    assert f'out-x: no run there; there are: {trained.name}' in inside(
+        'sample.py', '--out_dir=out-x', cwd=trained.parent, ok=False
+    )
 
 
 class Bomb:
@@ -146,10 +196,13 @@ def test_a_checkpoint_that_carries_code_is_refused_unexecuted(tmp_path, monkeypa
 def test_a_checkpoint_of_another_architecture_is_named(trained, tmp_path):
     checkpoint = read_checkpoint(trained / 'ckpt.pt')
     for change in {'n_embd': 64}, {'n_expert': 4}, {'n_head': 5}:
-        torch.save({**checkpoint, 'model_args': {**checkpoint['model_args'], **change}}, tmp_path / 'ckpt.pt')
-        assert 'another architecture' in run('sample.py', f'--out_dir={tmp_path}', ok=False)
+        torch.save(
+            {**checkpoint, 'model_args': {**checkpoint['model_args'], **change}},
+            tmp_path / 'ckpt.pt',
+        )
+        assert 'another architecture' in inside('sample.py', f'--out_dir={tmp_path}', ok=False)
     torch.save({'weights': 1}, tmp_path / 'ckpt.pt')
-    assert 'not a checkpoint' in run('sample.py', f'--out_dir={tmp_path}', ok=False)
+    assert 'not a checkpoint' in inside('sample.py', f'--out_dir={tmp_path}', ok=False)
 
 
 def test_every_family_decodes_in_bfloat16():

@@ -1,5 +1,5 @@
 """
-FineWeb-Edu's 10-billion-token sample in GPT-2's tokens, or any files with a column `text` (about 20 GB; see data/web.py).
+FineWeb-Edu's sample of 10 billion tokens, in GPT-2's: about 20 GB, or any pages (see data/web.py).
 
     python data/fineweb/prepare.py [--max_shards=10] [--source='a/folder/*.parquet']
 """
@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
 from data.web import prepare_web  # noqa: E402
 
-source = ''      # local files, as a pattern: 'folder/*.parquet' or '*.jsonl'; '' downloads them from the hub
+source = ''      # local files: 'folder/*.parquet' or '*.jsonl'; '' fetches them from the hub
 max_shards = 0   # stop after so many shards of about 100M tokens; 0: all
 held_out = 1000  # one document in so many is kept for validation
 out_dir = ''     # where the token files go; '' is beside this file
@@ -22,6 +22,7 @@ REPOSITORY = 'HuggingFaceFW/fineweb-edu', 'sample/10BT/'
 if __name__ == '__main__':
     configure(globals())
     try:
-        prepare_web(out_dir or HERE, source, *REPOSITORY, held_out, max_shards, processes or None)
+        prepare_web(out_dir or HERE, source, *REPOSITORY, held_out, max_shards,
+                    processes or None)
     except (OSError, ValueError) as error:
         sys.exit(f'{__file__}: {error}')

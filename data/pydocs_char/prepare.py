@@ -1,8 +1,9 @@
 """
 Python's own manual, a token a character: real English on every machine, with no download.
 
-The text is the language reference in pydoc_data.topics and the docstrings of the standard library, read from the Python
-that runs this (so it differs a little from version to version). Nothing is imported or run: sources are only parsed.
+The text is the language reference in pydoc_data.topics and the docstrings of the standard library,
+read from the Python that runs this (so it differs a little from version to version). Nothing of the
+library is imported or run: its sources are only parsed.
 
     python data/pydocs_char/prepare.py
 """
@@ -32,21 +33,26 @@ def docstrings(path):
 
 
 def read_texts():
-    """-> list of texts: the manual's chapters, then every longer docstring of the standard library, each once."""
+    """-> list of texts: the manual's chapters, then every longer docstring, each once."""
     from pydoc_data.topics import topics
     library = Path(sysconfig.get_path('stdlib'))
-    sources = [p for p in sorted(library.rglob('*.py')) if not {'site-packages', 'test', 'tests', 'idlelib'} & set(p.parts)]
-    found = [topics[key] for key in sorted(topics)] + [text for path in sources for text in docstrings(path)]
-    printable = [''.join(c for c in text if c == '\n' or ' ' <= c <= '~').strip() for text in found]
-    return list(dict.fromkeys(text for text in printable if len(text) > 80))
+    apart = {'site-packages', 'test', 'tests', 'idlelib'}
+    found = [topics[key] for key in sorted(topics)]
+    for path in sorted(library.rglob('*.py')):
+        if not apart & set(path.relative_to(library).parts):
+            found += docstrings(path)
+    plain = [''.join(c for c in text if c == '\n' or ' ' <= c <= '~').strip() for text in found]
+    return list(dict.fromkeys(text for text in plain if len(text) > 80))
 
 
 def prepare(folder=HERE):
     texts = read_texts()
     tokenizer = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
-    train, val = ('\n\n\n'.join(texts[i] for i in range(len(texts)) if (i % 10 == 9) == held_out) for held_out in (0, 1))
+    val = texts[9::10]
+    train = [text for i, text in enumerate(texts) if i % 10 != 9]
     write_tokens(folder, tokenizer, f"Python {sys.version.split()[0]}'s manual and docstrings",
-                 train=tokenizer.encode(train), val=tokenizer.encode(val))
+                 train=tokenizer.encode('\n\n\n'.join(train)),
+                 val=tokenizer.encode('\n\n\n'.join(val)))
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare in GPT-2's tokens, to finetune GPT-2 on: 301,966 tokens to train on, 36,059 to validate.
+Tiny Shakespeare in GPT-2's tokens, to finetune GPT-2 on: 301,966 tokens, and 36,059 to validate.
 
     python data/shakespeare/prepare.py [--source=a/local/input.txt]
 """
@@ -20,8 +20,8 @@ def prepare(source='', folder=HERE):
     text = read_text(source)
     tokenizer = Tokenizer({'kind': 'gpt2'})
     cut = int(len(text) * 0.9)
-    write_tokens(folder, tokenizer, source or 'tiny Shakespeare', train=tokenizer.encode(text[:cut]),
-                 val=tokenizer.encode(text[cut:]))
+    write_tokens(folder, tokenizer, source or 'tiny Shakespeare',
+                 train=tokenizer.encode(text[:cut]), val=tokenizer.encode(text[cut:]))
 
 
 if __name__ == '__main__':

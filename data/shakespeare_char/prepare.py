@@ -32,8 +32,8 @@ def prepare(source='', folder=HERE):
     tokenizer = Tokenizer.of_text(text)
     cut = int(len(text) * 0.9)
     print(f'{len(text):,} characters, {len(tokenizer.chars)} different ones')
-    write_tokens(folder, tokenizer, source or 'tiny Shakespeare', train=tokenizer.encode(text[:cut]),
-                 val=tokenizer.encode(text[cut:]))
+    write_tokens(folder, tokenizer, source or 'tiny Shakespeare',
+                 train=tokenizer.encode(text[:cut]), val=tokenizer.encode(text[cut:]))
 
 
 if __name__ == '__main__':

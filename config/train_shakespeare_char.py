@@ -1,0 +1,21 @@
+# Tiny Shakespeare, a character a token, on a laptop's CPU.
+out_dir = 'out-shakespeare-char'
+dataset = 'shakespeare_char'
+fallback_dataset = 'pydocs_char'    # with no internet: Python's manual, in out-pydocs-char
+n_layer = 3
+n_head = 2
+n_embd = 128
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+ngrams = 5              # half of what a small model has to learn is which characters go together
+ngram_rows = 65536
+learning_rate = 1e-2    # AdamW has the tables of characters and n-grams here
+muon_lr = 0.02
+min_lr = 0.0
+warmup_iters = 10
+warmdown = 0.6
+max_iters = 850
+eval_interval = 250
+eval_iters = 0          # the whole validation set
+log_interval = 10
