@@ -9,8 +9,8 @@ V vocabulary, S keys in sight.
 """
 import json
 import math
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -219,12 +219,15 @@ class GPT(nn.Module):
 
     def embed(self, idx, tail):
         """idx: (B, T), tail: (B, ngrams - 1) the ids before, -1 for none. -> (B, T, C), all ids"""
-        recent, idx = torch.cat((tail, idx), dim=1), idx.clamp(min=0)
-        x, key = self.transformer.wte(idx), idx
+        (B, T), recent, key = idx.shape, torch.cat((tail, idx), dim=1), idx.clamp(min=0)
+        x, slots = self.transformer.wte(key), []
         for n in range(1, self.config.ngrams):  # a multiplicative hash of the last n + 1 ids
-            key = key * 1000003 + recent[:, tail.shape[1] - n:][:, :idx.shape[1]] + 1
-            slot = (key * 2654435761 % 2 ** 40 >> 12) % self.config.ngram_rows
-            x = x + self.transformer.ngram(slot)
+            key = key * 1000003 + recent[:, tail.shape[1] - n:][:, :T] + 1
+            slots.append((key * 2654435761 % 2 ** 40 >> 12) % self.config.ngram_rows)
+        if slots:   # in one lookup, whose backward then fills one table of zeros, not one for each n
+            slots = torch.stack(slots, dim=-1).flatten(0, 1)
+            ngrams = F.embedding_bag(slots, self.transformer.ngram.weight, mode='sum')
+            x = x + ngrams.view(B, T, -1)
         return x, recent
 
     def forward(self, idx, targets=None, weights=None, cache=None):
@@ -298,18 +301,15 @@ class GPT(nn.Module):
     def from_pretrained(cls, source, dropout=0.0):
         """OpenAI's GPT-2: one of GPT2_SIZES, or a folder with config.json and model.safetensors."""
         from safetensors.torch import load_file
-        path = source
         if source in GPT2_SIZES:
-            from huggingface_hub import hf_hub_download
-            repository = f'openai-community/{source}'
-            hf_hub_download(repository, 'model.safetensors')
-            path = os.path.dirname(hf_hub_download(repository, 'config.json'))
-        with open(os.path.join(path, 'config.json'), encoding='utf-8') as file:
-            theirs = json.load(file)
+            from huggingface_hub import snapshot_download
+            source = snapshot_download(f'openai-community/{source}',
+                                       allow_patterns=['config.json', 'model.safetensors'])
+        theirs = json.loads(Path(source, 'config.json').read_text(encoding='utf-8'))
         args = {name: theirs[name] for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
         args |= {'block_size': theirs['n_positions'], 'activation': 'gelu_tanh', 'dropout': dropout}
         model, weights = cls(GPTConfig(**{**GPT2, **args})), {}
-        for name, p in load_file(os.path.join(path, 'model.safetensors')).items():
+        for name, p in load_file(Path(source, 'model.safetensors')).items():
             name = name.removeprefix('transformer.')
             if not name.endswith(('.attn.bias', '.attn.masked_bias')):      # the causal mask
                 # GPT-2 keeps the matrices of its layers as (in, out), a Linear as (out, in).
@@ -320,8 +320,8 @@ class GPT(nn.Module):
 
 def orthogonalize(X, steps=5):
     """
-    X: (matrices, rows <= columns) -> about U V^T for each X = U S V^T, with singular values of 0.7
-    to 1.2: Newton-Schulz on an odd quintic, coefficients by Keller Jordan (kellerjordan.github.io).
+    X: (matrices, rows <= columns) -> about U V^T for each X = U S V^T (singular values 0.7 to 1.2):
+    Newton-Schulz on an odd quintic, with the coefficients of kellerjordan.github.io/posts/muon.
     """
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):

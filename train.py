@@ -94,7 +94,7 @@ MAX_SKIPS = 5   # so many steps in a row without a finite gradient end the run
 
 
 def pretrain(run):
-    """Random windows of a token file; all of it is in play. -> batches(step), evaluate()"""
+    """Windows of a token file, each once an epoch; all is in play. -> batches(step), evaluate()"""
     train, val = Tokens(run.data, 'train'), Tokens(run.data, 'val')
     for tokens in train, val:
         if len(tokens) <= block_size:
@@ -102,11 +102,24 @@ def pretrain(run):
                              f'--block_size={block_size}; make that smaller or the text longer')
     bytes_of = torch.tensor(run.tokenizer.byte_lengths() + [0] * train.meta['vocab_size'])
 
+    windows = max(1, (len(train) - 1) // block_size - 1)    # one less, to have room for a phase
+
+    def starts_of(rows):
+        """Row numbers, counted from step 0 -> where they start: in an epoch each window once."""
+        starts = np.empty_like(rows)
+        for epoch in np.unique(rows // windows):
+            rng = np.random.default_rng((seed, epoch))
+            stride, first, phase = rng.integers(1, (windows + 1, windows + 1, block_size + 1))
+            while math.gcd(stride, windows) > 1:    # now row -> stride * row is a permutation
+                stride += 1
+            here = rows // windows == epoch
+            starts[here] = (stride * (rows[here] % windows) + first) % windows * block_size + phase
+        return starts
+
     def batches(step):
         """A step's microbatches (x, y, w) for this process, of rows shared out among all."""
-        rng = np.random.default_rng((seed, step))
-        rows = batch_size * gradient_accumulation_steps
-        starts = rng.integers(len(train) - block_size, size=rows)[run.rank::run.world]
+        count = batch_size * gradient_accumulation_steps
+        starts = starts_of(np.arange(step * count, (step + 1) * count)[run.rank::run.world])
         for i in range(0, len(starts), batch_size):
             window = torch.from_numpy(train.windows(starts[i:i + batch_size], block_size + 1))
             yield window[:, :-1], window[:, 1:], None

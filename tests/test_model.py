@@ -278,7 +278,7 @@ def test_flops_are_those_that_torch_counts():
     'wrong, words',
     [
         (dict(n_embd=33), 'n_embd = 33'),
-        (dict(n_head=4, n_kv_head=3), 'n_kv_head = 3'),
+        (dict(n_head=4, n_kv_head=3), 'n_kv_head=3'),
         (dict(norm='batch'), 'norm'),
         (dict(n_embd=6, n_head=2), 'even width'),
     ],

@@ -147,6 +147,21 @@ def test_the_batch_of_a_step_is_the_same_for_every_number_of_processes(dataset, 
     assert rows(1, 7) == rows(2, 7) == rows(4, 7) == rows(8, 7) != rows(1, 8)
 
 
+def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(dataset, settings, tmp_path):
+    for split in 'train', 'val':
+        np.arange(800, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')   # a token is its place
+    settings(batch_size=1, gradient_accumulation_steps=6)
+    batches, _ = train.pretrain(make_run(dataset, data=tmp_path))
+    orders = []
+    for epoch in range(3):      # (800 - 1) // 16 - 1 = 48 windows are 8 steps of 6 rows
+        rows = [row for step in range(8 * epoch, 8 * epoch + 8) for row in batches(step)]
+        starts = [int(x[0, 0]) for x, _, _ in rows]
+        assert all((torch.cat((x[0], y[0, -1:])).diff() == 1).all() for x, y, _ in rows)
+        assert np.diff(sorted(starts)).tolist() == [16] * 47
+        orders.append(starts)
+    assert orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0])
+
+
 def test_evaluation_is_the_loss_over_every_target_once(dataset, settings):
     """Against the slow way, window by window; in bits per byte; from 3 processes' sums."""
     run = make_run(dataset)
