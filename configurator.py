@@ -59,6 +59,7 @@ def configure(namespace, argv=None):
     -> {name: the layer that set it}. A wrong setting ends the program, in one line.
     """
     settings, origin = read_settings(namespace['__file__']), {}
+    defaults = {name: namespace[name] for name in settings}
 
     def lay(layer, key, value):
         if key not in settings:
@@ -66,6 +67,9 @@ def configure(namespace, argv=None):
             hint = f'did you mean {near[0]}?' if near else 'see --help'
             sys.exit(f'{layer}: {key}: no such setting; {hint}')
         kind = settings[key][0]
+        if str(value) == 'None' and defaults[key] is None:
+            namespace[key], origin[key] = None, layer
+            return
         try:
             namespace[key], origin[key] = coerce(value, kind), layer
         except (TypeError, ValueError, OverflowError):

@@ -39,6 +39,10 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
+                     'ngrams', 'ngram_rows', 'vocab_multiple'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} = {getattr(self, name)}: must be at least 1')
         if self.n_embd % (self.n_head * (2 if self.position == 'rope' else 1)):
             raise ValueError(f'n_embd = {self.n_embd} does not divide into n_head = {self.n_head} '
                              'heads of an even width')
@@ -189,14 +193,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(  # GPT-2's and nanoGPT's names, so their weights fit
-            wte=nn.Embedding(config.rows, config.n_embd),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=make_norm(config)))
+        # GPT-2's names in nanoGPT's order, so that their weights and AdamW's state fit.
+        parts = {'wte': nn.Embedding(config.rows, config.n_embd)}
         if config.position == 'learned':
-            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+            parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         if config.ngrams > 1:
-            self.transformer.ngram = nn.Embedding(config.ngram_rows, config.n_embd)
+            parts['ngram'] = nn.Embedding(config.ngram_rows, config.n_embd)
+        parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict(parts | {'ln_f': make_norm(config)})
         self.lm_head = nn.Linear(config.n_embd, config.rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
@@ -224,7 +228,7 @@ class GPT(nn.Module):
         for n in range(1, self.config.ngrams):  # a multiplicative hash of the last n + 1 ids
             key = key * 1000003 + recent[:, tail.shape[1] - n:][:, :T] + 1
             slots.append((key * 2654435761 % 2 ** 40 >> 12) % self.config.ngram_rows)
-        if slots:   # in one lookup, whose backward then fills one table of zeros, not one for each n
+        if slots:   # in one lookup: its backward fills one table of zeros, not one for each n
             slots = torch.stack(slots, dim=-1).flatten(0, 1)
             ngrams = F.embedding_bag(slots, self.transformer.ngram.weight, mode='sum')
             x = x + ngrams.view(B, T, -1)
@@ -266,16 +270,18 @@ class GPT(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                    ignore_index=-1, reduction='none')
-            loss = (loss if weights is None else loss * weights.flatten()).sum()
+            if weights is not None:     # whatever w is, a token not in play changes nothing
+                loss = loss * weights.where(targets >= 0, 0).flatten()
+            loss = loss.sum()
         return logits[..., :self.config.vocab_size], loss
 
-    def flops_per_token(self):
+    def flops_per_token(self, T=None):
         """
         Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight of
-        a matrix product, 12 * n_layer * C * T for attention over a full row. Lookups are free.
+        a matrix product, 12 * n_layer * C * T for attention over rows of T (None: block_size).
         """
         linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
         return 6 * sum(m.weight.numel() for m in linears) + attention
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0,
@@ -349,7 +355,9 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 updates, tall = [], shape[0] > shape[1]
                 for p in params:
-                    momentum = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                    momentum = self.state[p]['momentum']
                     momentum.lerp_(p.grad, 1 - group['momentum'])
                     updates.append(p.grad.lerp(momentum, group['momentum']))    # Nesterov's
                 X = torch.stack(updates).to(self.dtype)

@@ -9,6 +9,7 @@ when a row has filled the window, it goes on with the later half of it as its co
 can be of any length).
 """
 import pickle
+import re
 import sys
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ def auto_device(device='auto', local_rank=0):
     kind = device.split(':')[0]
     if kind not in there:
         raise ValueError(f'--device={device}: choose cuda, mps or cpu')
-    if not there[kind]:
+    if not there[kind] or (kind == 'cuda' and int(device[5:] or 0) >= torch.cuda.device_count()):
         raise ValueError(f'--device={device}: PyTorch finds no such device here; try --device=cpu')
     return f'cuda:{local_rank}' if device == 'cuda' else device
 
@@ -71,6 +72,11 @@ def auto_dtype(dtype, device):
     return torch.float32
 
 
+def out_of_memory(error):
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in words
+
+
 def cpu_flops(dtype, n=1024):
     """FLOP/s of this CPU in a product of two n x n matrices, the best of six."""
     a, seconds = torch.ones(n, n, dtype=dtype), []
@@ -85,10 +91,11 @@ def peak_flops(device, dtype):
     """-> FLOP/s that device could do: a GPU's by its data sheet, a CPU's measured, else None."""
     if device == 'cpu':
         return cpu_flops(dtype)
-    if not device.startswith('cuda'):
+    if not device.startswith('cuda') or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in GPU_FLOPS.items() if key in name), None)
+    known = (peak for key, peak in GPU_FLOPS.items() if re.search(rf'{key}(?!\d)', name))
+    return next(known, None)
 
 
 def read_checkpoint(path):
@@ -106,7 +113,7 @@ def read_checkpoint(path):
         if 'GLOBAL' in str(error):
             raise ValueError(f'{path}: refused, it carries code, not only weights{other}') from None
         raise ValueError(f'{path}: damaged, or not a checkpoint{other}') from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError) as error:
         why = (str(error) or 'it ends too soon').splitlines()[0][:80]
         raise ValueError(f'{path}: damaged ({why}){other}') from None
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
@@ -134,11 +141,14 @@ def load_model(source, dropout=0.0):
         model.load_state_dict({
             name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
             if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
-    except (TypeError, RuntimeError, ValueError) as error:
+    except (TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f'{path}: its weights are of another architecture than this model.py '
                          f'({str(error).splitlines()[0]})') from None
-    folder = DATA / checkpoint.get('config', {}).get('dataset', '')
-    spec = checkpoint.get('tokenizer') or read_meta(folder)['tokenizer']
+    meta = read_meta(DATA / checkpoint.get('config', {}).get('dataset', ''))
+    spec = checkpoint.get('tokenizer') or meta['tokenizer']
+    if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
+        raise ValueError(f'{path}: its characters are in the data folder that it was trained on; '
+                         'put its meta.pkl back there')
     return model, Tokenizer(spec), checkpoint
 
 
@@ -179,6 +189,7 @@ def decode(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
         logits, _ = model(torch.from_numpy(idx).to(weight.device), cache=cache)
         probs = probabilities(logits[:, 0], temperature, top_k, top_p)
         # The first token whose cumulated probability exceeds the draw: no token of probability 0.
+        probs = probs if probs.device.type != 'mps' else probs.cpu()    # it has no float64
         sums = probs.double().cumsum(1)
         draws = torch.tensor([[rng.random()] for rng in chance]).to(sums)
         step = torch.searchsorted(sums, draws * sums[:, -1:], right=True).flatten().tolist()
@@ -216,7 +227,8 @@ def main():
     configure(globals())
     torch.set_float32_matmul_precision('high')
     in_range = {'num_samples': num_samples > 0, 'max_new_tokens': max_new_tokens > 0,
-                'temperature': temperature >= 0, 'top_k': top_k >= 0, 'top_p': 0 < top_p <= 1}
+                'seed': seed >= 0, 'temperature': temperature >= 0, 'top_k': top_k >= 0,
+                'top_p': 0 < top_p <= 1}
     for name, good in in_range.items():
         if not good:
             sys.exit(f'--{name}={globals()[name]}: out of range; see --help')
@@ -226,6 +238,8 @@ def main():
         model, tokenizer, _ = load_model(out_dir if init_from == 'resume' else init_from)
         text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
         prompt = tokenizer.encode(text, special=True) or [tokenizer.end or 0]
+        if max(prompt) >= model.config.vocab_size:
+            raise ValueError(f'--start: this model has no token {tokenizer.decode([max(prompt)])}')
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if len(prompt) > model.config.block_size:
@@ -255,4 +269,5 @@ def main():
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
     main()

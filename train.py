@@ -27,10 +27,10 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import configure, read_settings
-from data.files import Tokens, find, read_meta, write
+from data.files import DATA, Tokens, find, is_ready, read_meta, write
 from data.tokenizer import Tokenizer
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig
-from sample import auto_device, auto_dtype, generate, load_model, peak_flops
+from sample import auto_device, auto_dtype, generate, load_model, out_of_memory, peak_flops
 
 # what to do, from what, to where
 stage = 'pretrain'           # what feeds the loop: pretrain, or finetune (the same)
@@ -72,8 +72,7 @@ ngram_rows = 32768           # rows of the table that they are hashed into
 vocab_multiple = 64          # rows of the token tables are rounded up to this
 # the optimizers
 learning_rate = 6e-4         # AdamW's peak
-muon_lr: float = None        # Muon's peak, for the layers' matrices; 0: AdamW for all; None: 0.02
-                             # from scratch, else what the model was trained with (GPT-2: AdamW)
+muon_lr: float = None        # Muon's peak; 0: AdamW for all; None: 0.02 from scratch, else 0
 max_iters = 600000           # steps
 weight_decay = 1e-1          # on matrices and tables
 beta1 = 0.9                  # AdamW's
@@ -95,11 +94,8 @@ MAX_SKIPS = 5   # so many steps in a row without a finite gradient end the run
 
 def pretrain(run):
     """Windows of a token file, each once an epoch; all is in play. -> batches(step), evaluate()"""
-    train, val = Tokens(run.data, 'train'), Tokens(run.data, 'val')
-    for tokens in train, val:
-        if len(tokens) <= block_size:
-            raise ValueError(f'{tokens.paths[0]}: {len(tokens)} tokens are too few for a row of '
-                             f'--block_size={block_size}; make that smaller or the text longer')
+    vocab_size = run.model.config.vocab_size
+    train, val = (Tokens(run.data, split, block_size + 1, vocab_size) for split in ('train', 'val'))
     bytes_of = torch.tensor(run.tokenizer.byte_lengths() + [0] * train.meta['vocab_size'])
 
     windows = max(1, (len(train) - 1) // block_size - 1)    # one less, to have room for a phase
@@ -193,15 +189,16 @@ def one_step(run, batches, step):
             _, loss = run.forward(x, y, w)
             run.scaler.scale(loss).backward()
         total += loss.detach()
-    sums = torch.tensor([total.item(), count, run.stop], dtype=torch.float64)
-    loss, count, run.stop = all_sum(sums, run)  # all stop after the same step
+    sums = torch.tensor([total.item(), count, run.asked_to_stop], dtype=torch.float64)
+    loss, count, run.stop = all_sum(sums, run)  # so that all stop after the same step
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
     scale = run.world / max(count, 1)           # DistributedDataParallel has divided by run.world
     norm = torch.nn.utils.get_total_norm(grads).item() * scale
     finite = math.isfinite(norm) and math.isfinite(loss)
-    run.skipped = 0 if finite else run.skipped + 1
+    probing = run.scaler.is_enabled() and math.isfinite(loss)   # fp16 looks for its scale
+    run.skipped = 0 if finite or probing else run.skipped + 1
     if finite and count:
         clip = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
         torch._foreach_mul_(grads, scale * clip)
@@ -216,8 +213,8 @@ def one_step(run, batches, step):
 
 def loop(run, batches, evaluate):
     """The loop: evaluate and save when it is due, else one step."""
-    first, began, losses, logged = run.step, run.seconds, [], run.seconds
-    peak, flops = peak_flops(run.device, run.dtype), run.model.flops_per_token()
+    first, losses, logged = run.step, [], run.seconds
+    peak, flops = peak_flops(run.device, run.dtype), run.model.flops_per_token(block_size)
     bar = tqdm(total=max_iters, initial=first, disable=run.rank > 0 or not sys.stdout.isatty())
     while True:
         at_rest = run.step == first and init_from in ('scratch', 'resume')
@@ -252,15 +249,18 @@ def loop(run, batches, evaluate):
             log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu)
             run.say(f'step {run.step}: loss {loss:.4f}, {1e3 * run.step_tokens / rate:.0f} ms, '
                     f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if peak else ''))
+        if run.step == first + 1:
+            began = run.seconds     # the first step may have compiled
         if run.step == first + 10:
-            left = (run.seconds - began) / 10 * (max_iters - run.step)
+            left = (run.seconds - began) / 9 * (max_iters - run.step)
             run.say(f'about {left / 60:.1f} minutes left')
     bar.close()
-    if run.stop:
+    if run.stop and not eval_only:
         save(run, 'ckpt.pt')
         rest = shlex.join(a for a in sys.argv[1:] if not a.startswith('--init_from'))
+        launcher = 'python' if run.world == 1 else 'torchrun ...'
         run.say(f'stopped and saved after step {run.step}; to go on: '
-                f'python train.py {rest} --init_from=resume')
+                f'{launcher} train.py {rest} --init_from=resume')
 
 
 def record(run, metrics, score):
@@ -268,17 +268,17 @@ def record(run, metrics, score):
     log(run, **metrics)
     better = score < run.best
     run.best = score if better else run.best
-    if sample_tokens and run.rank == 0:
-        run.model.eval()
-        ids = generate(run.model, [[run.tokenizer.end or 0]], sample_tokens, seed=seed)[0]
-        run.model.train()
-        run.say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
     if better:
         save(run, 'best.pt')
     if better or always_save_checkpoint or run.step >= max_iters:
         save(run, 'ckpt.pt')
     if run.rank == 0:
         plot(Path(out_dir, 'log.jsonl'), Path(out_dir, 'loss.png'))
+    if sample_tokens and run.rank == 0:
+        run.model.eval()
+        ids = generate(run.model, [[run.tokenizer.end or 0]], sample_tokens, seed=seed)[0]
+        run.model.train()
+        run.say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
 
 
 def log(run, **metrics):
@@ -318,9 +318,9 @@ def save(run, name):
     write(Path(out_dir, name), lambda file: torch.save(content, file))
 
 
-def preflight(run, model):
+def preflight(run, model, origin):
     """Say what this run is going to take, before it takes it. model may be on the meta device."""
-    c, flops = model.config, model.flops_per_token()
+    c, flops = model.config, model.flops_per_token(block_size)
     total, muon = (sum(p.numel() for name, p in model.named_parameters() if match(name, p))
                    for match in (lambda *_: True, lambda name, p: run.muon_lr and '.h.' in name))
     rows, size = batch_size * block_size, 4 if run.dtype == torch.float32 else 2
@@ -341,27 +341,33 @@ gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   checkpoint  {(4 * total + state) / 1e6:.1f} MB, and as much for the best one
   machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={run.compile}, \
 {'Muon and AdamW' if run.muon_lr else 'AdamW'}""")
+    for layer in dict.fromkeys(origin.values()):
+        names = [name for name in origin if origin[name] == layer]
+        run.say(f'  settings    of {layer}: {", ".join(names)}')
 
 
 def setup():
     """Check the settings against the machine and each other. -> run: all that is not a setting"""
     run = SimpleNamespace(
         rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
-        local_rank=int(os.environ.get('LOCAL_RANK', 0)), stop=0, skipped=0, step=0, seconds=0.0,
-        best=math.inf, lineage=[], wandb=None,
+        local_rank=int(os.environ.get('LOCAL_RANK', 0)), stop=0, asked_to_stop=0, skipped=0,
+        step=0, seconds=0.0, best=math.inf, lineage=[], wandb=None,
         step_tokens=batch_size * gradient_accumulation_steps * block_size)
     run.say = (lambda text: tqdm.write(text, sys.stdout)) if run.rank == 0 else lambda text: None
     if stage not in STAGES:
         raise ValueError(f'--stage={stage}: no such stage; there are: {" ".join(STAGES)}')
     for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval',
-                 'log_interval', 'max_iters', 'n_layer', 'n_head', 'n_embd', 'learning_rate'):
+                 'log_interval', 'max_iters', 'learning_rate'):
         if globals()[name] <= 0:
             raise ValueError(f'--{name}={globals()[name]}: must be greater than 0')
+    for name in 'seed', 'eval_iters', 'grad_clip', 'warmup_iters', 'sample_tokens', 'weight_decay':
+        if globals()[name] < 0:
+            raise ValueError(f'--{name}={globals()[name]}: must not be negative')
+    if init_from == 'scratch':
+        architecture(vocab_size=1)  # refused, if it must be, before any data are touched
     if batch_size * gradient_accumulation_steps % run.world:
         raise ValueError(f'--batch_size={batch_size} x --gradient_accumulation_steps='
                          f'{gradient_accumulation_steps} do not divide among {run.world} processes')
-    if not (eval_only or dry_run) and Path(init_from).resolve() == Path(out_dir).resolve():
-        raise ValueError(f'--out_dir={out_dir} is the run that --init_from reads: choose another')
     run.device = auto_device(device, run.local_rank)
     run.dtype = auto_dtype(dtype, run.device)
     run.compile = run.device.startswith('cuda') if compile is None else compile
@@ -369,32 +375,44 @@ def setup():
         torch.cuda.set_device(run.device)
     if run.world > 1:
         dist.init_process_group(backend or ('nccl' if run.device.startswith('cuda') else 'gloo'))
+    alike = all_sum(torch.tensor([float(run.dtype == torch.float32)]), run)[0]
+    if alike not in (0, run.world):     # measured on each: they must agree
+        run.dtype = torch.float32
     torch.set_float32_matmul_precision('high')
     find_data(run)
+    source = Path(init_from).parent if init_from.endswith('.pt') else Path(init_from)
+    if not (eval_only or dry_run) and source.resolve() == Path(out_dir).resolve():
+        raise ValueError(f'--out_dir={out_dir} is the run that --init_from reads: choose another')
     return run
 
 
 def find_data(run):
-    """Set run.data and run.meta: dataset's, or fallback_dataset's, said loudly."""
+    """Set run.data and run.meta: dataset's, else fallback_dataset's, which is said loudly."""
     global dataset, out_dir
-    for name in filter(None, (dataset, fallback_dataset)):
-        problem = ''
-        if run.local_rank == 0 or dry_run:
-            run.data, problem = find(name, prepare=not dry_run)
-        if run.world > 1:
-            dist.barrier()
-            run.data, problem = find(name, prepare=False)
-        if not problem or dry_run:
-            break
-        run.say(problem)
-    else:
-        raise ValueError(problem)
+    names = [name for name in (dataset, fallback_dataset) if name]
+    if run.local_rank == 0:
+        for name in names:
+            problem = find(name, prepare=not dry_run)
+            if problem:
+                run.say(problem + ("; GPT-2's vocabulary is assumed" if dry_run else ''))
+            if dry_run or not problem:
+                break
+        else:
+            raise ValueError(problem)
+    if run.world > 1:
+        dist.barrier()
+    name = next((name for name in names if is_ready(DATA / name)), dataset)
     if name != dataset:
         out_dir = out_dir.replace(dataset.replace('_', '-'), name.replace('_', '-'))
         run.say(f'!!! NOT {dataset.upper()}: TRAINING ON {name.upper()} INSTEAD, IN {out_dir} !!!')
         dataset = name
-    run.meta = read_meta(run.data)
+    run.data, run.meta = DATA / name, read_meta(DATA / name)
     run.config = {name: globals()[name] for name in read_settings(__file__)}
+
+
+def architecture(vocab_size):
+    settings = {f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in globals()}
+    return GPTConfig(**settings, vocab_size=vocab_size)
 
 
 def make_model(run):
@@ -408,23 +426,24 @@ def make_model(run):
             raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
         if block_size > model.config.block_size:
             raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
+        if init_from == 'resume' and dtype == 'auto':   # measured then; a busy machine may differ
+            run.dtype = getattr(torch, checkpoint['config'].get('dtype', 'auto'), run.dtype)
         return model, checkpoint
-    args = {f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in globals()}
-    args['vocab_size'] = run.meta['vocab_size']
+    config = architecture(run.meta['vocab_size'])
     if init_from in GPT2_SIZES:
         shape = zip(('n_layer', 'n_head', 'n_embd'), GPT2_SIZES[init_from], strict=True)
-        args |= GPT2 | dict(shape)
+        config = GPTConfig(**GPT2, **dict(shape))
     with torch.device('meta' if dry_run else 'cpu'):
         torch.manual_seed(seed)
-        return GPT(GPTConfig(**args)), {}
+        return GPT(config), {}
 
 
 def prepare(run, model, checkpoint):
     """Put on run all that the loop needs: the optimizers, the network, what a checkpoint knows."""
     run.model, run.tokenizer = model.to(run.device), Tokenizer(run.meta['tokenizer'])
-    precise = torch.float32 if run.dtype == torch.float32 else torch.bfloat16
+    fast = torch.bfloat16 if run.dtype == torch.bfloat16 else torch.float32     # Muon's
     run.optimizers = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), run.muon_lr, precise)
+        weight_decay, learning_rate, (beta1, beta2), run.muon_lr, fast)
     run.scaler = torch.amp.GradScaler('cuda', enabled=run.dtype == torch.float16,
                                       init_scale=2.0 ** 16 / (batch_size * block_size))
     run.lineage = checkpoint.get('lineage', [])
@@ -432,23 +451,33 @@ def prepare(run, model, checkpoint):
     if resumed:
         states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
         states = states if isinstance(states, list) else [states]
+        if len(states) != len(run.optimizers):
+            raise ValueError('--init_from=resume goes on with the optimizers of the checkpoint: '
+                             'leave muon_lr out')
         for optimizer, state in zip(run.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        run.scaler.load_state_dict(checkpoint.get('scaler', {}))
+        if checkpoint.get('scaler'):
+            run.scaler.load_state_dict(checkpoint['scaler'])
         run.step, run.best = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
         run.seconds = checkpoint.get('seconds', 0.0)
     else:
         run.lineage = run.lineage + [{'stage': stage, 'dataset': dataset, 'init_from': init_from,
                                       'data': run.meta.get('sha256', {})}]
+    if all_sum(torch.tensor([float(run.step)]), run)[0] != run.step * run.world:
+        raise ValueError(f'{out_dir}/ckpt.pt differs between processes: copy it to each node')
     run.network = torch.compile(model) if run.compile else model
     if run.world > 1:
         devices = [run.local_rank] if run.device.startswith('cuda') else None
-        run.network = nn.parallel.DistributedDataParallel(run.network, device_ids=devices)
+        run.network = nn.parallel.DistributedDataParallel(
+            run.network, device_ids=devices, broadcast_buffers=False)
     batches_evaluate = STAGES[stage](run)
     if run.rank == 0 and not eval_only:
         prepare_folder(run, Path(out_dir), resumed)
     if wandb_log and run.rank == 0:
-        import wandb
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError('--wandb_log=True needs a package: pip install wandb') from None
         run.wandb = wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=run.config)
 
@@ -462,6 +491,12 @@ def prepare(run, model, checkpoint):
     return batches_evaluate
 
 
+def finish(run, number, _frame):
+    """A signal's handler: end after this step; the same signal again ends at once."""
+    run.asked_to_stop = 1
+    signal.signal(number, signal.SIG_DFL)
+
+
 def prepare_folder(run, folder, resumed):
     """Move an older run aside, or cut a resumed run's log back to its checkpoint."""
     path = folder / 'log.jsonl'
@@ -473,28 +508,31 @@ def prepare_folder(run, folder, resumed):
     folder.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding='utf-8').splitlines() if resumed and path.exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= run.step]
-    path.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
+    text = ''.join(line + '\n' for line in kept).encode()
+    write(path, lambda file: file.write(text))
 
 
 def main():
-    configure(globals())
+    origin = configure(globals())
     try:
         run = setup()
         model, checkpoint = make_model(run)
         run.muon_lr = muon_lr
-        if muon_lr is None:     # nanoGPT's checkpoints and OpenAI's weights know no Muon
-            run.muon_lr = checkpoint.get('config', {}).get('muon_lr', 0.0) if checkpoint else 0.02
-        run.config['muon_lr'] = run.muon_lr
-        preflight(run, model)
+        if muon_lr is None and init_from == 'resume' and checkpoint:
+            run.muon_lr = checkpoint['config'].get('muon_lr', 0.0)  # nanoGPT knows no Muon
+        elif muon_lr is None:
+            run.muon_lr = 0.02 if init_from in ('scratch', 'resume') else 0.0
+        run.config |= {'muon_lr': run.muon_lr, 'dtype': str(run.dtype)[6:]}
+        preflight(run, model, origin)
         if not dry_run:
             batches, evaluate = prepare(run, model, checkpoint)
             for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, lambda *_: setattr(run, 'stop', 1))
+                signal.signal(number, lambda *caught: finish(run, *caught))
             loop(run, batches, evaluate)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     except (RuntimeError, MemoryError) as error:
-        if 'memory' not in str(error) and not isinstance(error, MemoryError):
+        if not out_of_memory(error):
             raise
         sys.exit(f'out of memory: halve --batch_size={batch_size} and double '
                  f'--gradient_accumulation_steps={gradient_accumulation_steps}: the same step, '
@@ -505,4 +543,5 @@ def main():
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
     main()

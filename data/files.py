@@ -23,6 +23,7 @@ def download(urls, path, sha256, timeout=30):
     problems = []
     for url in urls:
         try:
+            print(f'downloading {url}', flush=True)
             reply = requests.get(url, timeout=timeout)
             reply.raise_for_status()
             if hashlib.sha256(reply.content).hexdigest() == sha256:
@@ -35,7 +36,7 @@ def download(urls, path, sha256, timeout=30):
 
 def write(path, put):
     """Let put(file) write under a temporary name, flush, rename: path is never half-written."""
-    path, temporary = Path(path), Path(path).with_suffix('.tmp')
+    path, temporary = Path(path), Path(path).with_suffix(f'.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
             put(file)
@@ -49,18 +50,18 @@ def write(path, put):
 
 
 def write_tokens(folder, tokenizer, source, **splits):
-    """Write {split}.bin for every split (its ids), then meta.json, which says that all is there."""
+    """Write meta.json, then {split}.bin for every split (its ids), train.bin last."""
     dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
     arrays = {split: np.asarray(ids, dtype=dtype) for split, ids in splits.items()}
     for split, array in arrays.items():
         if len(array) < 2:
             raise ValueError(f'{source}: too short, {len(array)} tokens for {split}.bin')
-    for split, array in arrays.items():
-        write(Path(folder) / f'{split}.bin', array.tofile)
-        print(f'{split} has {len(array):,} tokens')
     write_meta(folder, tokenizer, source, dtype,
                counts={split: len(array) for split, array in arrays.items()},
                sha256={split: hashlib.sha256(array).hexdigest() for split, array in arrays.items()})
+    for split, array in sorted(arrays.items(), reverse=True):   # train.bin last: then all is there
+        write(Path(folder) / f'{split}.bin', array.tofile)
+        print(f'{split} has {len(array):,} tokens')
 
 
 def write_meta(folder, tokenizer, source, dtype, counts, sha256):
@@ -81,7 +82,10 @@ def read_meta(folder):
     """-> meta of a data set; for a nanoGPT folder, what its meta.pkl or its absence implies."""
     folder = Path(folder)
     if (folder / 'meta.json').exists():
-        return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        try:
+            return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        except ValueError as error:
+            raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
     if (folder / 'meta.pkl').exists():
         with open(folder / 'meta.pkl', 'rb') as file:
             try:
@@ -95,34 +99,39 @@ def read_meta(folder):
 
 
 def is_ready(folder):
-    """Whether a data set can be read: meta.json comes last; nanoGPT's folders have a train.bin."""
-    return (Path(folder) / 'meta.json').exists() or (Path(folder) / 'train.bin').exists()
+    """Whether a data set can be read: of one file, train.bin comes last; of many, meta.json."""
+    shards = any(Path(folder).glob('train_*.bin')) and (Path(folder) / 'meta.json').exists()
+    return shards or (Path(folder) / 'train.bin').exists()
 
 
-def find(name, prepare):
+def find(name, prepare=True):
     """
-    -> the folder of a data set, and '' or what is wrong with it. A small one that is not there yet
-    is prepared if wanted; the large ones are prepared by hand. Raises ValueError if there is none.
+    Prepare the data set if it is not there yet and small; the large ones are prepared by hand.
+    -> '' or what is wrong. Raises ValueError if there is no such data set.
     """
-    folder, script = DATA / name, DATA / name / 'prepare.py'
+    folder = DATA / name
     if not folder.is_dir():
         there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
         raise ValueError(f'--dataset={name}: there is no data/{name}; there are: {there}')
-    if prepare and not is_ready(folder) and script.exists():
+    if prepare and not is_ready(folder) and (DATA / name / 'prepare.py').exists():
         module = importlib.import_module(f'data.{name}.prepare')
         try:
             if hasattr(module, 'prepare'):
                 module.prepare()
         except (OSError, ValueError) as error:
-            return folder, f'data/{name}: {error}'
-    return folder, '' if is_ready(folder) else f'first run: python data/{name}/prepare.py'
+            return f'data/{name}: {error}'
+    return '' if is_ready(folder) else f'data/{name}: not there; python data/{name}/prepare.py'
 
 
 class Tokens:
-    """One split of a data set: a long sequence, on disk. A window never spans two of its files."""
+    """
+    One split of a data set: a long sequence, on disk. A window never spans two of its files, and
+    files shorter than length are left out.
+    """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, length=1, vocab_size=None):
         self.meta = read_meta(folder)
+        self.vocab_size = vocab_size or self.meta['vocab_size']
         self.dtype = np.dtype(self.meta['dtype'])
         one = Path(folder) / f'{split}.bin'
         self.paths = [one] if one.exists() else sorted(Path(folder).glob(f'{split}_*.bin'))
@@ -131,8 +140,12 @@ class Tokens:
         for path in self.paths:
             if path.stat().st_size % self.dtype.itemsize:
                 raise ValueError(f'{path}: cut in the middle of a token; prepare it again')
-        width = self.dtype.itemsize
-        self.sizes = np.array([path.stat().st_size // width for path in self.paths])
+        sizes = {path: path.stat().st_size // self.dtype.itemsize for path in self.paths}
+        self.paths = [path for path in self.paths if sizes[path] >= length]
+        if not self.paths:
+            raise ValueError(f'{folder}: {max(sizes.values())} tokens in {split} are too few for a '
+                             f'row of {length - 1}; make --block_size smaller or the text longer')
+        self.sizes = np.array([sizes[path] for path in self.paths])
         self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
 
     def __len__(self):
@@ -150,9 +163,9 @@ class Tokens:
             for row in np.flatnonzero(files == i):
                 start = min(offsets[row] - self.starts[i], self.sizes[i] - length)
                 out[row] = data[start:start + length]
-        if out.size and out.max() >= self.meta['vocab_size']:
+        if out.size and out.max() >= self.vocab_size:
             raise ValueError(f'{self.paths[0].parent}: token {out.max()} is beyond the vocabulary '
-                             f'of {self.meta["vocab_size"]}; prepare it again')
+                             f'of {self.vocab_size}; prepare it again')
         return out
 
     def cover(self, length):

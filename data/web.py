@@ -62,7 +62,11 @@ def hub_files(repository, folder=''):
     """Yields the path of each parquet file of a data set on the hub, fetched at its turn."""
     from huggingface_hub import hf_hub_download, list_repo_files
     for revision in 'main', 'refs/convert/parquet':
-        names = list_repo_files(repository, repo_type='dataset', revision=revision)
+        try:
+            names = list_repo_files(repository, repo_type='dataset', revision=revision)
+        except Exception as error:      # of httpx or requests, whichever the hub's client uses
+            raise ConnectionError(f'{repository}: cannot be reached ({type(error).__name__}); '
+                                  'give local files with --source=') from None
         names = sorted(n for n in names if n.startswith(folder) and n.endswith('.parquet'))
         if names:
             for name in names:
@@ -82,6 +86,8 @@ def prepare_web(folder, source, repository, within, held_out, max_shards, proces
     """Tokenize the files matching source, or those within a repository of the hub, into folder."""
     folder, source_file = Path(folder), Path(folder) / 'source.json'
     origin = [source or f'{repository}/{within}', held_out]
+    if held_out < 1:
+        raise ValueError(f'--held_out={held_out}: must be at least 1')
     if source and not glob.glob(source):
         raise FileNotFoundError(f'--source={source}: no such file')
     if source_file.exists() and json.loads(source_file.read_text()) != origin:

@@ -5,6 +5,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py transformers   # GPT-2 124M's shape beside transformers.generate
     python tests/bench.py batch          # 64 samples at once against 64 one by one
 """
+
 import sys
 import tempfile
 import time
@@ -53,18 +54,23 @@ def share(model, seconds):
 
 
 def cache():
-    for name, shape, count, every in (('characters', CHAR, 255, 1),
-                                      ('GPT-2 124M', GPT2_124M, 900, 25)):
+    for name, shape, count, every in (
+        ('characters', CHAR, 255, 1),
+        ('GPT-2 124M', GPT2_124M, 900, 25),
+    ):
         model = build(shape)
         cached = timed(lambda m=model, n=count: generate(m, [[0]], n, temperature=0))
         plain = uncached_seconds(model, count, every)
-        print(f'{name}, {count} tokens: {count / cached:.1f} tokens/s with the cache, '
-              f'{count / plain:.1f} without (timed at every length divisible by {every}): '
-              f'{plain / cached:.1f} x; {share(model, cached / count)}')
+        print(
+            f'{name}, {count} tokens: {count / cached:.1f} tokens/s with the cache, '
+            f'{count / plain:.1f} without (timed at every length divisible by {every}): '
+            f'{plain / cached:.1f} x; {share(model, cached / count)}'
+        )
 
 
 def transformers():
     import transformers as hf
+
     prompt = torch.full((1, 16), 11, device=DEVICE)
     for dtype in torch.float32, torch.bfloat16:
         torch.manual_seed(0)
@@ -73,14 +79,22 @@ def transformers():
             theirs.save_pretrained(folder)
             ours = GPT.from_pretrained(folder).to(DEVICE, dtype).eval()
         theirs.to(DEVICE, dtype)
-        how = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0,
-                   use_cache=True, attention_mask=torch.ones_like(prompt))
+        how = dict(
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=True,
+            attention_mask=torch.ones_like(prompt),
+        )
         with torch.inference_mode():
             slow = timed(lambda model=theirs, how=how: model.generate(prompt, **how))
         fast = timed(lambda model=ours: generate(model, prompt.tolist(), 64, temperature=0))
-        print(f'GPT-2 124M, {dtype}, one row: {64 / fast:.1f} tokens/s, '
-              f'transformers {hf.__version__} {64 / slow:.1f}: '
-              f'{slow / fast:.2f} x; {share(ours, fast / 64)}')
+        print(
+            f'GPT-2 124M, {dtype}, one row: {64 / fast:.1f} tokens/s, '
+            f'transformers {hf.__version__} {64 / slow:.1f}: '
+            f'{slow / fast:.2f} x; {share(ours, fast / 64)}'
+        )
 
 
 def batch():
@@ -90,9 +104,11 @@ def batch():
     for row in range(64):
         generate(model, [[0]], 200, seed=row)
     alone = time.perf_counter() - began
-    print(f'64 samples of 200 tokens: {12800 / together:.0f} tokens/s together, '
-          f'{12800 / alone:.0f} one by one: '
-          f'{alone / together:.1f} x')
+    print(
+        f'64 samples of 200 tokens: {12800 / together:.0f} tokens/s together, '
+        f'{12800 / alone:.0f} one by one: '
+        f'{alone / together:.1f} x'
+    )
 
 
 if __name__ == '__main__':

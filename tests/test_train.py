@@ -18,6 +18,7 @@ import train
 from data import files
 from data.files import read_meta
 from data.tokenizer import Tokenizer
+from model import GPT2
 from sample import read_checkpoint
 
 
@@ -53,7 +54,8 @@ def make_run(dataset, model=None, **changes):
         model=model,
         network=model,
         skipped=0,
-        stop=False,
+        stop=0,
+        asked_to_stop=0,
         tokenizer=Tokenizer(read_meta(dataset)['tokenizer']),
         forward=model,
         optimizers=model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 0.02, torch.float32),
@@ -147,13 +149,15 @@ def test_the_batch_of_a_step_is_the_same_for_every_number_of_processes(dataset, 
     assert rows(1, 7) == rows(2, 7) == rows(4, 7) == rows(8, 7) != rows(1, 8)
 
 
-def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(dataset, settings, tmp_path):
+def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(
+    dataset, settings, tmp_path
+):
     for split in 'train', 'val':
-        np.arange(800, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')   # a token is its place
+        np.arange(800, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')  # a token is its place
     settings(batch_size=1, gradient_accumulation_steps=6)
-    batches, _ = train.pretrain(make_run(dataset, data=tmp_path))
+    batches, _ = train.pretrain(make_run(dataset, tiny(block_size=16, vocab_size=1000), data=tmp_path))
     orders = []
-    for epoch in range(3):      # (800 - 1) // 16 - 1 = 48 windows are 8 steps of 6 rows
+    for epoch in range(3):  # (800 - 1) // 16 - 1 = 48 windows are 8 steps of 6 rows
         rows = [row for step in range(8 * epoch, 8 * epoch + 8) for row in batches(step)]
         starts = [int(x[0, 0]) for x, _, _ in rows]
         assert all((torch.cat((x[0], y[0, -1:])).diff() == 1).all() for x, y, _ in rows)
@@ -357,8 +361,7 @@ def test_processes_that_rows_do_not_divide_among_are_refused(dataset, tmp_path):
         env=dict(RANK='0', WORLD_SIZE='3', LOCAL_RANK='0'),
     )
     assert (
-        '--batch_size=4 x --gradient_accumulation_steps=2 do not divide among 3 processes'
-        in text
+        '--batch_size=4 x --gradient_accumulation_steps=2 do not divide among 3 processes' in text
     )
 
 
@@ -490,7 +493,7 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
         (['--dataset=nowhere'], 'there are:'),
         (['--batch_size=0'], '--batch_size=0: must be greater than 0'),
         (['--stage=dream'], 'no such stage; there are: pretrain'),
-        (['--block_size=4000'], 'make that smaller'),
+        (['--block_size=4000'], 'make --block_size smaller'),
         (['--init_from=/nowhere'], 'no run there'),
         (['--dtype=float64'], 'choose auto'),
         (['--batch_sise=2'], 'did you mean batch_size?'),
@@ -542,3 +545,63 @@ def test_running_out_of_memory_says_what_to_halve_and_what_to_double(dataset, tm
 def test_every_config_is_accepted_and_dry_runs(config):
     text = inside('train.py', config, '--dry_run=True', '--device=cpu', '--dtype=float32')
     assert 'parameters' in text and 'FLOPs per token' in text
+
+
+def test_a_nanogpt_checkpoint_resumes_with_its_optimizer(dataset, tmp_path):
+    """AdamW's state is kept by number: decayed parameters first, in the order that nanoGPT has."""
+    layer = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
+    matrices = ['wte', 'wpe'] + [f'h.{i}.{name}' for i in range(2) for name in layer]
+    vectors = [f'h.{i}.{name}' for i in range(2) for name in ('ln_1', 'ln_2')] + ['ln_f']
+    names = [f'transformer.{name}.weight' for name in matrices + vectors]
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, dropout=0.0)
+    args['vocab_size'] = read_meta(dataset)['vocab_size']
+    weights = tiny(**{**GPT2, **args}).state_dict()
+    state = {
+        i: {
+            'step': torch.tensor(5.0),
+            'exp_avg': weights[name] * 0,
+            'exp_avg_sq': weights[name] ** 2,
+        }
+        for i, name in enumerate(names)
+    }
+    same = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, amsgrad=False, maximize=False, foreach=None)
+    groups = [
+        {'params': list(range(10)), 'weight_decay': 0.1, **same},
+        {'params': list(range(10, 15)), 'weight_decay': 0.0, **same},
+    ]
+    checkpoint = {
+        'model': weights,
+        'model_args': args,
+        'iter_num': 5,
+        'best_val_loss': torch.tensor(4.0),
+        'optimizer': {'state': state, 'param_groups': groups},
+        'config': {'dataset': str(dataset), 'learning_rate': 1e-3},
+    }
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    text = inside(
+        'train.py',
+        *TINY,
+        f'--dataset={dataset}',
+        f'--out_dir={tmp_path}',
+        '--init_from=resume',
+        '--max_iters=8',
+    )
+    assert 'AdamW' in text and 'Muon' not in text and 'step 8: val_loss' in text
+    after = read_checkpoint(tmp_path / 'ckpt.pt')
+    assert after['iter_num'] == 8 and after['optimizer'][0]['state'][0]['step'].item() == 8
+
+
+def test_bfloat16_trains_like_float32(dataset, tmp_path):
+    losses = []
+    for dtype in 'float32', 'bfloat16':
+        folder = tmp_path / dtype
+        inside(
+            'train.py',
+            *TINY,
+            f'--dataset={dataset}',
+            f'--out_dir={folder}',
+            f'--dtype={dtype}',
+            '--max_iters=20',
+        )
+        losses.append(read_checkpoint(folder / 'best.pt')['best_val_loss'])
+    assert losses[0] < 3.3 and abs(losses[1] - losses[0]) < 0.05
