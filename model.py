@@ -74,10 +74,20 @@ GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large'
               'gpt2-xl': (48, 25, 1600)}    # n_layer, n_head, n_embd
 
 
+def rms_norm(x):
+    """x: (..., D) over its root mean square. F.rms_norm is the same, in twice the time on a CPU."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (x.shape[-1] ** 0.5 / (length + 1e-6))
+
+
+class RMSNorm(nn.Module):
+
+    def forward(self, x):
+        return rms_norm(x)
+
+
 def make_norm(config):
-    if config.norm == 'rms':
-        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return RMSNorm() if config.norm == 'rms' else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 def rotary(positions, width, base=10000.0):
@@ -149,7 +159,7 @@ class Attention(nn.Module):
         H, G = self.config.n_head, self.config.n_kv_head
         qk, v = self.c_attn(x).view(B, T, H + 2 * G, self.width).split((H + G, G), dim=2)
         if self.config.qk_norm:
-            qk = F.rms_norm(qk, (self.width,))
+            qk = rms_norm(qk)
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.split((H, G), dim=2)
@@ -257,7 +267,7 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe(positions)
         if self.config.norm == 'rms':
-            x = F.rms_norm(x, x.shape[-1:])     # the embedding starts small: so it learns fast
+            x = rms_norm(x)     # the embedding starts small: so it learns fast
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, rope, cache)

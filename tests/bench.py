@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import GPT, GPT2, GPTConfig  # noqa: E402
-from sample import auto_device, generate, read_bandwidth  # noqa: E402
+from sample import auto_device, generate, lay_for_reading, read_bandwidth  # noqa: E402
 
 CHAR = dict(n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=72)
 GPT2_124M = dict(GPT2, n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
@@ -24,7 +24,7 @@ DEVICE = auto_device()
 
 def build(shape, dtype=torch.float32):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**shape)).to(DEVICE, dtype).eval()
+    return lay_for_reading(GPT(GPTConfig(**shape)).to(DEVICE, dtype).eval())
 
 
 def timed(action):
@@ -77,7 +77,7 @@ def transformers():
         theirs = hf.GPT2LMHeadModel(hf.GPT2Config()).eval()
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            ours = GPT.from_pretrained(folder).to(DEVICE, dtype).eval()
+            ours = lay_for_reading(GPT.from_pretrained(folder).to(DEVICE, dtype).eval())
         theirs.to(DEVICE, dtype)
         how = dict(
             max_new_tokens=64,

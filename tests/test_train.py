@@ -155,7 +155,8 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(
     for split in 'train', 'val':
         np.arange(800, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')  # a token is its place
     settings(batch_size=1, gradient_accumulation_steps=6)
-    batches, _ = train.pretrain(make_run(dataset, tiny(block_size=16, vocab_size=1000), data=tmp_path))
+    model = tiny(block_size=16, vocab_size=1000)
+    batches, _ = train.pretrain(make_run(dataset, model, data=tmp_path))
     orders = []
     for epoch in range(3):  # (800 - 1) // 16 - 1 = 48 windows are 8 steps of 6 rows
         rows = [row for step in range(8 * epoch, 8 * epoch + 8) for row in batches(step)]
@@ -469,6 +470,7 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
     np.zeros(99, np.uint16).tofile(tmp_path / 'data' / 'pydocs_char' / 'train.bin')
     said = []
     monkeypatch.setattr(files, 'DATA', tmp_path / 'data')
+    monkeypatch.setattr(train, 'DATA', tmp_path / 'data')
     for name, value in dict(
         dataset='shakespeare_char',
         fallback_dataset='pydocs_char',
