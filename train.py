@@ -324,9 +324,9 @@ def preflight(run, model, origin):
     total, muon = (sum(p.numel() for name, p in model.named_parameters() if match(name, p))
                    for match in (lambda *_: True, lambda name, p: run.muon_lr and '.h.' in name))
     rows, size = batch_size * block_size, 4 if run.dtype == torch.float32 else 2
-    # A token keeps about 34 activations of width C in a layer (counted; 26 in GPT-2's), and its
-    # logits twice, in the given precision and in fp32.
-    work = rows * (c.n_layer * 34 * c.n_embd * size + c.rows * (size + 8))
+    # A token keeps 18 activations of width C in a layer (counted; 16 in GPT-2's) and backward needs
+    # a few more; of its logits there are two in this precision and two in fp32.
+    work = rows * (c.n_layer * 22 * c.n_embd * size + c.rows * (2 * size + 8))
     state = 4 * (2 * total - muon)
     tokens, seen = max_iters * run.step_tokens, run.meta.get('counts', {}).get('train')
     run.say(f"""{stage} on {dataset} from {init_from}, into {out_dir}
