@@ -75,7 +75,7 @@ GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large'
 
 
 def rms_norm(x):
-    """x: (..., D) over its root mean square. F.rms_norm is the same, in twice the time on a CPU."""
+    """x: (..., D) -> x over its root mean square, as F.rms_norm."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (x.shape[-1] ** 0.5 / (length + 1e-6))
 

@@ -44,7 +44,7 @@ def test_every_command_is_accepted(command):
 
 def test_the_readme_names_files_that_are_there_and_measures_with_commands_that_exist():
     paths = re.findall(r'\b((?:config|data|tests|assets)/[\w/]+\.(?:py|png|html))', README)
-    assert len(set(paths)) >= 7
+    assert len(set(paths)) >= 8
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
