@@ -75,32 +75,26 @@ GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large'
 
 
 def rms_norm(x):
-    """x: (..., D) -> x over its root mean square, as F.rms_norm."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (x.shape[-1] ** 0.5 / (length + 1e-6))
-
-
-class RMSNorm(nn.Module):
-
-    def forward(self, x):
-        return rms_norm(x)
+    return F.rms_norm(x, (x.shape[-1],))
 
 
 def make_norm(config):
-    return RMSNorm() if config.norm == 'rms' else nn.LayerNorm(config.n_embd, bias=config.bias)
+    if config.norm == 'rms':
+        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-def rotary(positions, width, base=10000.0):
-    """positions: (B or 1, T) -> cos, sin: (B or 1, T, 1, width / 2) of each pair's angle."""
-    exponents = torch.arange(0, width, 2, device=positions.device) / width
-    angles = positions[:, :, None, None] * base ** -exponents
-    return angles.cos(), angles.sin()
+def rotary(block_size, width, base=10000.0):
+    """-> (2, block_size, 1, width): cos and signed sin of each position's angles, for rotate()."""
+    angles = torch.outer(torch.arange(block_size), base ** (-torch.arange(0, width, 2) / width))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((sin, -sin), 1)))[:, :, None]
 
 
-def rotate(x, cos, sin):
-    """x: (B, T, heads, D), each pair (x1[i], x2[i]) turned by its angle."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
+def rotate(x, rope):
+    """x: (B, T, heads, D), each pair (x[i], x[i + D/2]) turned by its angle."""
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
 class KVCache:
@@ -161,7 +155,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             qk = rms_norm(qk)
         if rope is not None:
-            qk = rotate(qk, *rope)
+            qk = rotate(qk, rope)
         q, k = qk.split((H, G), dim=2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -214,9 +208,12 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        # A bias for the logits: an id beyond the vocabulary has probability 0.
+        # A bias that is not learned: an id beyond the vocabulary has probability 0.
         no_token = torch.where(torch.arange(config.rows) < config.vocab_size, 0.0, -3e4)
-        self.register_buffer('no_token', no_token, persistent=False)
+        del self.lm_head.bias
+        self.lm_head.register_buffer('bias', no_token, persistent=False)
+        rope = rotary(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer('rope', rope if config.position == 'rope' else None, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -261,10 +258,8 @@ class GPT(nn.Module):
         else:
             tail, positions = cache.tail, cache.place(idx)
         x, recent = self.embed(idx, tail)
-        rope = None
-        if self.config.position == 'rope':
-            rope = rotary(positions, self.config.n_embd // self.config.n_head)
-        else:
+        rope = None if self.rope is None else self.rope[:, positions]
+        if self.config.position == 'learned':
             x = x + self.transformer.wpe(positions)
         if self.config.norm == 'rms':
             x = rms_norm(x)     # the embedding starts small: so it learns fast
@@ -275,7 +270,7 @@ class GPT(nn.Module):
             last = torch.arange(tail.shape[1], device=idx.device) + cache.lengths[:, None]
             cache.pos, cache.tail = cache.pos + cache.lengths, recent.gather(1, last)
             x = x[cache.row, (cache.lengths[:, None] - 1).clamp(min=0)]
-        logits = F.linear(self.transformer.ln_f(x), self.lm_head.weight, self.no_token)
+        logits = self.lm_head(self.transformer.ln_f(x))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),

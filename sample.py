@@ -152,16 +152,29 @@ def load_model(source, dropout=0.0):
     return model, Tokenizer(spec), checkpoint
 
 
+class RowLinear(torch.nn.Linear):
+    """
+    A Linear whose product with one row is shared out among a CPU's threads, each taking a part of
+    the inputs: BLAS gives such a product to one thread, which reads half of what two do.
+    """
+
+    def forward(self, x):
+        parts = torch.get_num_threads()
+        if x.numel() != self.in_features or self.in_features % parts:
+            return super().forward(x)
+        weight = self.weight.t().view(parts, -1, self.out_features)
+        y = torch.bmm(x.view(parts, 1, -1), weight).sum(0)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
 def lay_for_reading(model):
-    """
-    Keep a CPU's wide fp32 matrices column by column: a product with one row then reads them 1.4 to
-    1.7 times as fast (measured, 2 cores). Only the order in memory changes, no shape.
-    """
+    """Make a CPU's large fp32 Linears RowLinears, their weights kept as (in, out) in memory."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.out_features > module.in_features:
+        if type(module) is torch.nn.Linear and module.weight.numel() >= 2 ** 18:
             weight = module.weight
             if weight.dtype == torch.float32 and weight.device.type == 'cpu':
                 weight.data = weight.data.t().contiguous().t()
+                module.__class__ = RowLinear    # the same parameters, read in another way
     return model
 
 

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import configure, read_settings
-from data.files import DATA, Tokens, find, is_ready, read_meta, write
+from data.files import DATA, Tokens, cut_log, find, fresh_folder, is_ready, read_meta, write
 from data.tokenizer import Tokenizer
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig
 from sample import auto_device, auto_dtype, generate, load_model, out_of_memory, peak_flops
@@ -72,7 +72,7 @@ ngram_rows = 32768           # rows of the table that they are hashed into
 vocab_multiple = 64          # rows of the token tables are rounded up to this
 # the optimizers
 learning_rate = 6e-4         # AdamW's peak
-muon_lr: float = None        # Muon's peak; 0: AdamW for all; None: 0.02 from scratch, else 0
+muon_lr = 0.0                # Muon's peak, on the layers' matrices (try 0.02); 0: AdamW for all
 max_iters = 600000           # steps
 weight_decay = 1e-1          # on matrices and tables
 beta1 = 0.9                  # AdamW's
@@ -90,57 +90,51 @@ compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 
 MAX_SKIPS = 5   # so many steps in a row without a finite gradient end the run
+LEAST = dict(
+    batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=1, eval_interval=1,
+    log_interval=1, learning_rate=1e-9, seed=0, eval_iters=0, grad_clip=0, warmup_iters=0,
+    sample_tokens=0, weight_decay=0, muon_lr=0)
 
 
 def pretrain(run):
     """Windows of a token file, each once an epoch; all is in play. -> batches(step), evaluate()"""
-    vocab_size = run.model.config.vocab_size
-    train, val = (Tokens(run.data, split, block_size + 1, vocab_size) for split in ('train', 'val'))
-    bytes_of = torch.tensor(run.tokenizer.byte_lengths() + [0] * train.meta['vocab_size'])
-
-    windows = max(1, (len(train) - 1) // block_size - 1)    # one less, to have room for a phase
-
-    def starts_of(rows):
-        """Row numbers, counted from step 0 -> where they start: in an epoch each window once."""
-        starts = np.empty_like(rows)
-        for epoch in np.unique(rows // windows):
-            rng = np.random.default_rng((seed, epoch))
-            stride, first, phase = rng.integers(1, (windows + 1, windows + 1, block_size + 1))
-            while math.gcd(stride, windows) > 1:    # now row -> stride * row is a permutation
-                stride += 1
-            here = rows // windows == epoch
-            starts[here] = (stride * (rows[here] % windows) + first) % windows * block_size + phase
-        return starts
+    train, val = (Tokens(run.data, split, block_size + 1, run.model.config.vocab_size)
+                  for split in ('train', 'val'))
 
     def batches(step):
         """A step's microbatches (x, y, w) for this process, of rows shared out among all."""
         count = batch_size * gradient_accumulation_steps
-        starts = starts_of(np.arange(step * count, (step + 1) * count)[run.rank::run.world])
+        rows = np.arange(step * count, (step + 1) * count)[run.rank::run.world]
+        starts = train.shuffled(rows, block_size, seed)
         for i in range(0, len(starts), batch_size):
             window = torch.from_numpy(train.windows(starts[i:i + batch_size], block_size + 1))
             yield window[:, :-1], window[:, 1:], None
 
-    def evaluate():
-        """Loss over non-overlapping windows, every target once, in at most eval_iters batches."""
-        starts, repeats = val.cover(block_size)
-        if eval_iters and eval_iters * batch_size < len(starts):
-            chosen = np.linspace(0, len(starts) - 1, eval_iters * batch_size).astype(int)
-            starts, repeats = starts[chosen], repeats[chosen]
+    def held_out():
+        """Non-overlapping windows, every target once, in at most eval_iters batches."""
+        starts, repeats = val.cover(block_size, eval_iters * batch_size)
         unit = batch_size * run.world           # the last batch is filled up, with rows not in play
         starts = np.append(starts, np.zeros(-len(starts) % unit, int))
         repeats = np.append(repeats, np.full(-len(repeats) % unit, block_size))
-        total = torch.zeros(3, dtype=torch.float64)
         for i in range(run.rank * batch_size, len(starts), unit):
             window = torch.from_numpy(val.windows(starts[i:i + batch_size], block_size + 1))
             x, y = window[:, :-1], window[:, 1:].clone()
             y[torch.arange(block_size) < torch.from_numpy(repeats[i:i + batch_size, None])] = -1
-            y_bytes = bytes_of[y[y >= 0]].sum()
-            total += torch.tensor([run.forward(x, y)[1].item(), (y >= 0).sum(), y_bytes])
-        loss, count, size = all_sum(total, run)
-        metrics = {'val_loss': loss / count, 'val_bits_per_byte': loss / max(size, 1) / math.log(2)}
-        return metrics, metrics['val_loss']
+            yield x, y, None
 
-    return batches, evaluate
+    return batches, lambda: validation_loss(run, held_out())
+
+
+def validation_loss(run, batches):
+    """Mean loss over the tokens in play in all processes' batches. -> metrics, score"""
+    bytes_of = torch.tensor(run.tokenizer.byte_lengths() + [0] * run.model.config.rows)
+    total = torch.zeros(3, dtype=torch.float64)
+    for x, y, w in batches:
+        loss = run.forward(x, y, w)[1].item()
+        total += torch.tensor([loss, (y >= 0).sum(), bytes_of[y[y >= 0]].sum()])
+    loss, count, size = all_sum(total, run)
+    metrics = {'val_loss': loss / count, 'val_bits_per_byte': loss / max(size, 1) / math.log(2)}
+    return metrics, metrics['val_loss']
 
 
 # A stage gives batches(step), which yields (x, y, w), and evaluate() -> metrics, score to lower.
@@ -220,14 +214,7 @@ def loop(run, batches, evaluate):
         at_rest = run.step == first and init_from in ('scratch', 'resume')
         due = run.step % eval_interval == 0 or run.step == max_iters
         if eval_only or (due and not at_rest):
-            run.model.eval()
-            with torch.no_grad():
-                metrics, score = evaluate()
-            run.model.train()
-            report = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-            run.say(f'step {run.step}: {report}, after {run.seconds:.1f} s of training')
-            if not eval_only:
-                record(run, metrics, score)
+            assess(run, evaluate)
         if eval_only or run.stop or run.step >= max_iters:
             break
         start = time.perf_counter()
@@ -263,22 +250,26 @@ def loop(run, batches, evaluate):
                 f'{launcher} train.py {rest} --init_from=resume')
 
 
-def record(run, metrics, score):
-    """After an evaluation: a line of the log, a sample, checkpoints, the picture."""
-    log(run, **metrics)
-    better = score < run.best
-    run.best = score if better else run.best
-    if better:
-        save(run, 'best.pt')
-    if better or always_save_checkpoint or run.step >= max_iters:
-        save(run, 'ckpt.pt')
-    if run.rank == 0:
+@torch.no_grad()
+def assess(run, evaluate):
+    """Evaluate, and write what is due then: a line of the log, checkpoints, picture, sample."""
+    run.model.eval()
+    metrics, score = evaluate()
+    report = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
+    run.say(f'step {run.step}: {report}, after {run.seconds:.1f} s of training')
+    if not eval_only:
+        log(run, **metrics)
+        if score < run.best:
+            run.best = score
+            save(run, 'best.pt')
+        if always_save_checkpoint or run.best == score or run.step >= max_iters:
+            save(run, 'ckpt.pt')
+    if run.rank == 0 and not eval_only:
         plot(Path(out_dir, 'log.jsonl'), Path(out_dir, 'loss.png'))
-    if sample_tokens and run.rank == 0:
-        run.model.eval()
-        ids = generate(run.model, [[run.tokenizer.end or 0]], sample_tokens, seed=seed)[0]
-        run.model.train()
-        run.say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
+        if sample_tokens:
+            ids = generate(run.model, [[run.tokenizer.end or 0]], sample_tokens, seed=seed)[0]
+            run.say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
+    run.model.train()
 
 
 def log(run, **metrics):
@@ -321,8 +312,8 @@ def save(run, name):
 def preflight(run, model, origin):
     """Say what this run is going to take, before it takes it. model may be on the meta device."""
     c, flops = model.config, model.flops_per_token(block_size)
-    total, muon = (sum(p.numel() for name, p in model.named_parameters() if match(name, p))
-                   for match in (lambda *_: True, lambda name, p: run.muon_lr and '.h.' in name))
+    total = sum(p.numel() for p in model.parameters())
+    muon = sum(p.numel() for p in model.transformer.h.parameters() if muon_lr and p.dim() == 2)
     rows, size = batch_size * block_size, 4 if run.dtype == torch.float32 else 2
     # A token keeps 18 activations of width C in a layer (counted; 16 in GPT-2's) and backward needs
     # a few more; of its logits there are two in this precision and two in fp32.
@@ -340,7 +331,7 @@ def preflight(run, model, origin):
 gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   checkpoint  {(4 * total + state) / 1e6:.1f} MB, and as much for the best one
   machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={run.compile}, \
-{'Muon and AdamW' if run.muon_lr else 'AdamW'}""")
+{'Muon and AdamW' if muon_lr else 'AdamW'}""")
     for layer in dict.fromkeys(origin.values()):
         names = [name for name in origin if origin[name] == layer]
         run.say(f'  settings    of {layer}: {", ".join(names)}')
@@ -356,13 +347,9 @@ def setup():
     run.say = (lambda text: tqdm.write(text, sys.stdout)) if run.rank == 0 else lambda text: None
     if stage not in STAGES:
         raise ValueError(f'--stage={stage}: no such stage; there are: {" ".join(STAGES)}')
-    for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval',
-                 'log_interval', 'max_iters', 'learning_rate'):
-        if globals()[name] <= 0:
-            raise ValueError(f'--{name}={globals()[name]}: must be greater than 0')
-    for name in 'seed', 'eval_iters', 'grad_clip', 'warmup_iters', 'sample_tokens', 'weight_decay':
-        if globals()[name] < 0:
-            raise ValueError(f'--{name}={globals()[name]}: must not be negative')
+    for name, least in LEAST.items():
+        if globals()[name] < least:
+            raise ValueError(f'--{name}={globals()[name]}: must be at least {least}')
     if init_from == 'scratch':
         architecture(vocab_size=1)  # refused, if it must be, before any data are touched
     if batch_size * gradient_accumulation_steps % run.world:
@@ -391,14 +378,8 @@ def find_data(run):
     global dataset, out_dir
     names = [name for name in (dataset, fallback_dataset) if name]
     if run.local_rank == 0:
-        for name in names:
-            problem = find(name, prepare=not dry_run)
-            if problem:
-                run.say(problem + ("; GPT-2's vocabulary is assumed" if dry_run else ''))
-            if dry_run or not problem:
-                break
-        else:
-            raise ValueError(problem)
+        for problem in find(names, prepare=not dry_run):
+            run.say(problem + ("; GPT-2's vocabulary is assumed" if dry_run else ''))
     if run.world > 1:
         dist.barrier()
     name = next((name for name in names if is_ready(DATA / name)), dataset)
@@ -443,7 +424,7 @@ def prepare(run, model, checkpoint):
     run.model, run.tokenizer = model.to(run.device), Tokenizer(run.meta['tokenizer'])
     fast = torch.bfloat16 if run.dtype == torch.bfloat16 else torch.float32     # Muon's
     run.optimizers = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), run.muon_lr, fast)
+        weight_decay, learning_rate, (beta1, beta2), muon_lr, fast)
     run.scaler = torch.amp.GradScaler('cuda', enabled=run.dtype == torch.float16,
                                       init_scale=2.0 ** 16 / (batch_size * block_size))
     run.lineage = checkpoint.get('lineage', [])
@@ -471,13 +452,14 @@ def prepare(run, model, checkpoint):
         run.network = nn.parallel.DistributedDataParallel(
             run.network, device_ids=devices, broadcast_buffers=False)
     batches_evaluate = STAGES[stage](run)
-    if run.rank == 0 and not eval_only:
-        prepare_folder(run, Path(out_dir), resumed)
+    if run.rank == 0 and resumed and not eval_only:
+        cut_log(Path(out_dir, 'log.jsonl'), run.step)
+    elif run.rank == 0 and not eval_only:
+        aside = fresh_folder(out_dir)
+        if aside:
+            run.say(f'{out_dir} holds a run already: moved to {aside}')
     if wandb_log and run.rank == 0:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError('--wandb_log=True needs a package: pip install wandb') from None
+        import wandb
         run.wandb = wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=run.config)
 
@@ -497,32 +479,12 @@ def finish(run, number, _frame):
     signal.signal(number, signal.SIG_DFL)
 
 
-def prepare_folder(run, folder, resumed):
-    """Move an older run aside, or cut a resumed run's log back to its checkpoint."""
-    path = folder / 'log.jsonl'
-    if not resumed and (folder / 'ckpt.pt').exists():
-        numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
-        aside = next(path for path in numbered if not path.exists())
-        folder.rename(aside)
-        run.say(f'{folder} holds a run already: moved to {aside}')
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding='utf-8').splitlines() if resumed and path.exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= run.step]
-    text = ''.join(line + '\n' for line in kept).encode()
-    write(path, lambda file: file.write(text))
-
-
 def main():
     origin = configure(globals())
     try:
         run = setup()
         model, checkpoint = make_model(run)
-        run.muon_lr = muon_lr
-        if muon_lr is None and init_from == 'resume' and checkpoint:
-            run.muon_lr = checkpoint['config'].get('muon_lr', 0.0)  # nanoGPT knows no Muon
-        elif muon_lr is None:
-            run.muon_lr = 0.02 if init_from in ('scratch', 'resume') else 0.0
-        run.config |= {'muon_lr': run.muon_lr, 'dtype': str(run.dtype)[6:]}
+        run.config['dtype'] = str(run.dtype)[6:]
         preflight(run, model, origin)
         if not dry_run:
             batches, evaluate = prepare(run, model, checkpoint)
@@ -531,6 +493,8 @@ def main():
             loop(run, batches, evaluate)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
+    except ImportError as error:
+        sys.exit(f'{error}: pip install {error.name}')
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

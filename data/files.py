@@ -8,6 +8,7 @@ the characters in its meta.pkl.
 import hashlib
 import importlib
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -104,23 +105,49 @@ def is_ready(folder):
     return shards or (Path(folder) / 'train.bin').exists()
 
 
-def find(name, prepare=True):
+def find(names, prepare=True):
     """
-    Prepare the data set if it is not there yet and small; the large ones are prepared by hand.
-    -> '' or what is wrong. Raises ValueError if there is no such data set.
+    Prepare the first of these data sets that can be had, if it is not there yet and small (large
+    ones are prepared by hand). -> what is wrong with those before it. ValueError if there is none.
     """
-    folder = DATA / name
-    if not folder.is_dir():
-        there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
-        raise ValueError(f'--dataset={name}: there is no data/{name}; there are: {there}')
-    if prepare and not is_ready(folder) and (DATA / name / 'prepare.py').exists():
-        module = importlib.import_module(f'data.{name}.prepare')
-        try:
-            if hasattr(module, 'prepare'):
-                module.prepare()
-        except (OSError, ValueError) as error:
-            return f'data/{name}: {error}'
-    return '' if is_ready(folder) else f'data/{name}: not there; python data/{name}/prepare.py'
+    problems = []
+    for name in names:
+        folder = DATA / name
+        if not folder.is_dir():
+            there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
+            raise ValueError(f'--dataset={name}: there is no data/{name}; there are: {there}')
+        why = f'python data/{name}/prepare.py'
+        if prepare and not is_ready(folder) and (folder / 'prepare.py').exists():
+            try:
+                getattr(importlib.import_module(f'data.{name}.prepare'), 'prepare', bool)()
+            except (OSError, ValueError) as error:
+                why = str(error)
+        if is_ready(folder):
+            return problems
+        problems.append(f'data/{name}: not there; {why}')
+    if prepare:
+        raise ValueError('; '.join(problems))
+    return problems
+
+
+def fresh_folder(folder):
+    """Make folder for a new run; one that holds a run is moved aside. -> where to, or None"""
+    folder, aside = Path(folder), None
+    if (folder / 'ckpt.pt').exists():
+        numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
+        aside = next(path for path in numbered if not path.exists())
+        folder.rename(aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    cut_log(folder / 'log.jsonl', -1)
+    return aside
+
+
+def cut_log(path, step):
+    """Leave out of a log what lies beyond step, and a line that was cut in the middle."""
+    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
+    text = ''.join(line + '\n' for line in kept).encode()
+    write(path, lambda file: file.write(text))
 
 
 class Tokens:
@@ -168,13 +195,31 @@ class Tokens:
                              f'of {self.vocab_size}; prepare it again')
         return out
 
-    def cover(self, length):
+    def shuffled(self, rows, length, seed):
+        """Row numbers, counted from a run's start -> offsets: in an epoch each window once."""
+        windows = max(1, (len(self) - 1) // length - 1)     # one less, to have room for a phase
+        offsets = np.empty_like(rows)
+        for epoch in np.unique(rows // windows):
+            rng = np.random.default_rng((seed, epoch))
+            stride, first, phase = rng.integers(1, (windows + 1, windows + 1, length + 1))
+            while math.gcd(stride, windows) > 1:    # now row -> stride * row is a permutation
+                stride += 1
+            here = rows // windows == epoch
+            offsets[here] = (stride * (rows[here] % windows) + first) % windows * length + phase
+        return offsets
+
+    def cover(self, length, most=0):
         """
         -> offsets, repeats: windows of length + 1 whose targets are every token (but each file's
         first) once, if window i leaves out its first repeats[i]: a file's last window slides back.
+        At most so many (0: all), spread over the whole.
         """
         places = [np.arange(0, size - 1, length) for size in self.sizes]
         repeats = [np.maximum(0, place + length + 1 - size)
                    for place, size in zip(places, self.sizes, strict=True)]
         offsets = [place + start for place, start in zip(places, self.starts[:-1], strict=True)]
-        return np.concatenate(offsets), np.concatenate(repeats)
+        offsets, repeats = np.concatenate(offsets), np.concatenate(repeats)
+        if 0 < most < len(offsets):
+            chosen = np.linspace(0, len(offsets) - 1, most).astype(int)
+            return offsets[chosen], repeats[chosen]
+        return offsets, repeats

@@ -22,12 +22,15 @@ GROUPS = 100    # row groups a shard
 LINES = 1000    # lines of a jsonl file that count as a row group
 
 
-def count_groups(path):
+def groups_of(path):
+    """-> where each row group of a file begins: its number in parquet, its first byte in jsonl."""
     if path.endswith('.parquet'):
         import pyarrow.parquet as pq
-        return pq.ParquetFile(path).num_row_groups
-    with open(path, encoding='utf-8') as lines:
-        return -(-sum(1 for _ in lines) // LINES)
+        return range(pq.ParquetFile(path).num_row_groups)
+    with open(path, 'rb') as lines:
+        starts = itertools.accumulate(map(len, lines), initial=0)
+        size = Path(path).stat().st_size
+        return [start for start in itertools.islice(starts, 0, None, LINES) if start < size]
 
 
 def texts_of(path, group):
@@ -42,9 +45,9 @@ def read_texts(path, group):
     if path.endswith('.parquet'):
         import pyarrow.parquet as pq
         return pq.ParquetFile(path).read_row_group(group, columns=['text'])['text'].to_pylist()
-    with open(path, encoding='utf-8') as lines:
-        chosen = itertools.islice(lines, group * LINES, (group + 1) * LINES)
-        return [json.loads(line)['text'] for line in chosen]
+    with open(path, 'rb') as lines:
+        lines.seek(group)
+        return [json.loads(line)['text'] for line in itertools.islice(lines, LINES)]
 
 
 def tokenize(job):
@@ -77,8 +80,8 @@ def hub_files(repository, folder=''):
 def shards_of(paths):
     """Yields name, path, row groups of each shard."""
     for number, path in enumerate(paths):
-        groups = range(count_groups(path))
-        for first in groups[::GROUPS]:
+        groups = groups_of(path)
+        for first in range(0, len(groups), GROUPS):
             yield f'{number:04d}_{first // GROUPS:04d}', path, groups[first:first + GROUPS]
 
 

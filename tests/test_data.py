@@ -266,6 +266,17 @@ def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, m
         web.prepare_web(out, f'{tmp_path}/*', '', '', 50, 0, 1)
 
 
+def test_every_line_of_a_jsonl_file_is_in_one_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(web, 'LINES', 10)
+    for count in 1, 9, 10, 11, 30:
+        rows = [{'text': f'Zeile {i} ä'} for i in range(count)]
+        lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+        (tmp_path / 'rows.jsonl').write_text(''.join(lines), encoding='utf-8')
+        groups = web.groups_of(f'{tmp_path}/rows.jsonl')
+        texts = [web.texts_of(f'{tmp_path}/rows.jsonl', group) for group in groups]
+        assert all(texts) and sum(texts, []) == [row['text'] for row in rows]
+
+
 def is_sha(sums):
     return sums and all(len(s) == 64 for s in sums.values())
 

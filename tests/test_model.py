@@ -135,16 +135,23 @@ def test_ids_beyond_the_vocabulary_have_no_probability_and_no_gradient():
 
 
 def test_rotary_positions_depend_on_distance_only():
-    q, k = torch.randn(2, 1, 1, 1, 16).double()
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    rope = rotary(128, 16)
 
     def score(i, j):
-        return (
-            rotate(q, *rotary(torch.tensor([[i]]), 16))
-            * rotate(k, *rotary(torch.tensor([[j]]), 16))
-        ).sum()
+        return (rotate(q, rope[:, [[i]]]) * rotate(k, rope[:, [[j]]])).sum()
 
     torch.testing.assert_close(score(5, 3), score(105, 103), atol=1e-4, rtol=1e-4)
     assert (score(5, 3) - score(5, 4)).abs() > 1e-3
+
+
+def test_rotation_is_a_turn_by_position_times_frequency():
+    """Against the complex numbers of arXiv:2104.09864, pair by pair."""
+    x = torch.randn(1, 7, 2, 16)
+    angles = torch.arange(7)[:, None] * 10000.0 ** (-torch.arange(0, 16, 2) / 16)
+    turned = torch.complex(x[..., :8], x[..., 8:]) * torch.exp(-1j * angles)[:, None]
+    expected = torch.cat((turned.real, turned.imag), -1)
+    torch.testing.assert_close(rotate(x, rotary(9, 16)[:, :7]), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, inside, tiny
 
-from sample import decode, generate, probabilities, read_checkpoint
+from sample import RowLinear, decode, generate, lay_for_reading, probabilities, read_checkpoint
 
 
 def slow(model, prompt, count, seed=0, end=None, **how):
@@ -34,6 +34,23 @@ def test_cached_decoding_writes_the_same_tokens_as_the_slow_way(model):
         dict(top_p=0.5),
     ):
         assert generate(model, [[1, 2, 3]], 18, **how) == [slow(model, [1, 2, 3], 18, **how)]
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_large_model_laid_for_reading_computes_the_same(family):
+    """Its one-row products are shared out among threads; also where they do not divide evenly."""
+    model = tiny(n_embd=256, vocab_size=1100, **FAMILIES[family])
+    expected = generate(model, [[1, 2, 3]], 20, temperature=0)
+    x = torch.randn(1, 1, 256)
+    logits, before = model.lm_head(x), model.state_dict()
+    assert lay_for_reading(model) is model and type(model.lm_head) is RowLinear
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    torch.testing.assert_close(model.lm_head(x), logits, atol=1e-5, rtol=1e-4)
+    assert generate(model, [[1, 2, 3]], 20, temperature=0) == expected
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    torch.testing.assert_close(model.lm_head(x), logits, atol=1e-5, rtol=1e-4)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize('length', [23, 24, 25, 60])
