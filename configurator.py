@@ -1,11 +1,8 @@
 """
 Lays config files and --key=value over a script's settings, from left to right; the last one wins.
 
-    python train.py config/train_shakespeare_char.py --batch_size=32 --learning_rate=1e-3
-
 The settings are the names that a script assigns above its first function, and the comment behind
-each is its help. A setting's type is its annotation, else its default's. Config files are Python
-and are run as such: they are your own.
+each is its help; its type is its annotation, else its default's. Config files are run as Python.
 """
 import ast
 import difflib
@@ -16,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str}
-WORDS = {'true': True, '1': True, 'false': False, '0': False}
+WORDS = {'true': True, '1': True, 'false': False, '0': False, 'none': None}
 
 
 def read_settings(path):
@@ -53,51 +50,47 @@ def coerce(value, kind):
     raise ValueError(value)
 
 
+def run_file(path, settings):
+    """Run a config file over the settings there are. -> {name: value} of those it changed"""
+    if not Path(path).is_file():
+        there = ' '.join(sorted(file.as_posix() for file in Path('config').glob('*.py')))
+        sys.exit(f'{path}: no such config file; there are: {there}')
+    scope = dict(settings, __file__=path, __name__='config')
+    try:
+        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope)
+    except Exception as error:
+        sys.exit(f'{path}: fails with {type(error).__name__}: {error}')
+    return {name: value for name, value in scope.items() if value is not settings.get(name, scope)
+            and not name.startswith('_') and not isinstance(value, ModuleType)}
+
+
 def configure(namespace, argv=None):
     """
     Set a script's settings in namespace (its globals()) from argv, by default the command line.
     -> {name: the layer that set it}. A wrong setting ends the program, in one line.
     """
     settings, origin = read_settings(namespace['__file__']), {}
-    defaults = {name: namespace[name] for name in settings}
-
-    def lay(layer, key, value):
-        if key not in settings:
-            near = difflib.get_close_matches(key, settings, n=1)
-            hint = f'did you mean {near[0]}?' if near else 'see --help'
-            sys.exit(f'{layer}: {key}: no such setting; {hint}')
-        kind = settings[key][0]
-        if str(value) == 'None' and defaults[key] is None:
-            namespace[key], origin[key] = None, layer
-            return
-        try:
-            namespace[key], origin[key] = coerce(value, kind), layer
-        except (TypeError, ValueError, OverflowError):
-            sys.exit(f'{layer}: {key}={value!r} is not of type {kind.__name__}')
-
     for arg in sys.argv[1:] if argv is None else argv:
-        key, equals, value = arg.removeprefix('--').partition('=')
+        layer, (key, equals, value) = 'command line', arg.removeprefix('--').partition('=')
         if arg in ('-h', '--help'):
             print((namespace['__doc__'] or '').strip() + '\n\nSettings and their defaults:\n')
             for name, (_, comment) in settings.items():
                 print(f'  --{name}={namespace[name]!r}'.ljust(42), comment)
             sys.exit(0)
-        if arg.startswith('-'):
-            if not arg.startswith('--') or not equals:
-                sys.exit(f'{arg}: a setting is written --key=value')
-            lay('command line', key, value)
-            continue
-        before = {name: namespace[name] for name in settings}
-        scope = dict(before, __file__=arg, __name__='config')
-        try:
-            exec(compile(Path(arg).read_text(encoding='utf-8'), arg, 'exec'), scope)
-        except FileNotFoundError:
-            there = ' '.join(sorted(path.as_posix() for path in Path('config').glob('*.py')))
-            sys.exit(f'{arg}: no such config file; there are: {there}')
-        except Exception as error:
-            sys.exit(f'{arg}: fails with {type(error).__name__}: {error}')
-        for name, value in scope.items():
-            helper = name.startswith('_') or isinstance(value, ModuleType)
-            if not helper and value is not before.get(name, scope):
-                lay(arg, name, value)
+        if not arg.startswith('-'):
+            layer, found = arg, run_file(arg, {name: namespace[name] for name in settings})
+        elif arg.startswith('--') and equals:
+            found = {key: value}
+        else:
+            sys.exit(f'{arg}: a setting is written --key=value')
+        for key, value in found.items():
+            if key not in settings:
+                near = difflib.get_close_matches(key, settings, n=1)
+                hint = f'did you mean {near[0]}?' if near else 'see --help'
+                sys.exit(f'{layer}: {key}: no such setting; {hint}')
+            kind = settings[key][0]
+            try:
+                namespace[key], origin[key] = coerce(value, kind), layer
+            except (TypeError, ValueError, OverflowError):
+                sys.exit(f'{layer}: {key}={value!r} is not of type {kind.__name__}')
     return origin

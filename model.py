@@ -113,9 +113,6 @@ class KVCache:
         self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)    # the last ids
         self.row = torch.arange(rows, device=device)[:, None]
 
-    def reset(self, row):
-        self.pos[row], self.tail[row] = 0, -1
-
     def place(self, idx):
         """Find slots for idx: (B, T), -1 where a row has no token. -> their positions (B, T)"""
         B, T = idx.shape
@@ -295,9 +292,9 @@ class GPT(nn.Module):
         AdamW for all (in nanoGPT's two groups), or with muon_lr: Muon for the layers' matrices and
         AdamW for the rest. -> list of optimizers, each with its peak rate in .peak_lr
         """
-        params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        hidden = [p for name, p in params if muon_lr and '.h.' in name and p.dim() == 2]
-        rest = [p for name, p in params if not any(p is q for q in hidden)]
+        hidden = [p for p in self.transformer.h.parameters() if muon_lr and p.dim() == 2]
+        theirs = set(hidden)
+        rest = [p for p in self.parameters() if p not in theirs]
         groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
                   dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
         optimizers = [torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate,

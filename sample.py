@@ -8,6 +8,7 @@ A row's context is at most block_size tokens. A longer prompt is cut to its last
 when a row has filled the window, it goes on with the later half of it as its context (so a sample
 can be of any length).
 """
+import os
 import pickle
 import re
 import sys
@@ -235,7 +236,7 @@ def decode(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
             if held[row] == window and not ended[row]:      # full: go on from the later half
                 pending[row] = texts[row][-max(1, window // 2):]
                 held[row] = 0
-                cache.reset(row)
+                cache.pos[row], cache.tail[row] = 0, -1
         if all(ended):
             break
 
@@ -303,4 +304,10 @@ def main():
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:     # who read along has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

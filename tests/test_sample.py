@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, inside, tiny
+from conftest import FAMILIES, ROOT, inside, tiny
 
 from sample import RowLinear, decode, generate, lay_for_reading, probabilities, read_checkpoint
 
@@ -126,6 +128,14 @@ def test_a_run_samples_by_its_folder_alone(trained, tmp_path):
             'sample.py', f'--out_dir={trained}', '--num_samples=1', '--max_new_tokens=5', '--seed=4'
         ).split('-----')[0]
     )
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='pipes of a Unix shell')
+def test_a_reader_that_leaves_ends_the_program_quietly(trained):
+    command = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={trained}', '--device=cpu']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait() == 1
 
 
 def test_a_prompt_from_a_file_and_one_longer_than_the_window(trained, tmp_path):
