@@ -7,6 +7,7 @@ ReLU^2, untied head, zero-initialized projections. GPT2 below is what to change 
 Shapes: B rows, T tokens a row, C = n_embd, H query heads, G key and value heads, D = C / H,
 V vocabulary, S keys in sight.
 """
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def rotate(x, rope):
 class KVCache:
     """
     Keys and values of every layer for a fixed number of rows, each at a position of its own, so
-    that prompts of different lengths decode side by side. What lies beyond pos is never read.
+    that texts of different lengths decode side by side. What lies beyond pos is never read.
     """
 
     def __init__(self, config, rows, device='cpu', dtype=torch.float32):
@@ -112,6 +113,26 @@ class KVCache:
         self.pos = torch.zeros(rows, device=device, dtype=torch.long)           # tokens held
         self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)    # the last ids
         self.row = torch.arange(rows, device=device)[:, None]
+
+    def part(self, first, last):
+        """-> rows first .. last - 1 as a cache, in the same memory."""
+        part = copy.copy(self)
+        part.k, part.v = self.k[:, first:last], self.v[:, first:last]
+        part.pos, part.tail = self.pos[first:last], self.tail[first:last]
+        part.row = self.row[:last - first]
+        return part
+
+    def copy_row(self, source, target, count):
+        """Let row target hold the first count tokens of row source."""
+        for memory in self.k, self.v:
+            memory[:, target, :count] = memory[:, source, :count]
+        self.pos[target], self.tail[target] = count, self.tail[source]
+
+    def cut(self, row, ids):
+        """Let a row hold only its first len(ids) tokens, which are ids."""
+        tail = [-1] * self.tail.shape[1] + ids
+        self.pos[row] = len(ids)
+        self.tail[row] = torch.tensor(tail[len(ids):], device=self.tail.device)
 
     def place(self, idx):
         """Find slots for idx: (B, T), -1 where a row has no token. -> their positions (B, T)"""
@@ -265,7 +286,8 @@ class GPT(nn.Module):
             x = block(x, rope, cache)
         if cache is not None:
             last = torch.arange(tail.shape[1], device=idx.device) + cache.lengths[:, None]
-            cache.pos, cache.tail = cache.pos + cache.lengths, recent.gather(1, last)
+            cache.pos += cache.lengths
+            cache.tail.copy_(recent.gather(1, last))
             x = x[cache.row, (cache.lengths[:, None] - 1).clamp(min=0)]
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = None

@@ -8,19 +8,24 @@ A row's context is at most block_size tokens. A longer prompt is cut to its last
 when a row has filled the window, it goes on with the later half of it as its context (so a sample
 can be of any length).
 """
+import contextlib
 import os
 import pickle
 import re
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from configurator import configure
 from data.files import DATA, read_meta
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, Voice
+from data.tools import calculator
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig, KVCache
 
 init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
@@ -33,6 +38,13 @@ top_k = 200             # draw from the k most likely tokens only; 0: all
 top_p = 1.0             # draw from the most likely tokens that together have this probability
 ignore_end = False      # go on after the end token
 seed = 1337             # sample i depends on seed + i alone
+chat = False            # talk with it; /clear, /system text, Ctrl-C stops an answer, Ctrl-D ends
+serve = False           # a chat page and an OpenAI-compatible API at http://host:port
+host = '127.0.0.1'      # 0.0.0.0 lets other machines in
+port = 8000             # 0: any that is free
+rows = 16               # requests that decode at a time, when serving
+queue_limit = 64        # requests that may wait for a row; beyond it: 429
+quantize = ''           # int8: weights of a byte each
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: what is fastest here
 compile = False         # torch.compile the model
@@ -179,72 +191,302 @@ def lay_for_reading(model):
     return model
 
 
+@dataclass
+class Request:
+    """A prompt, how to go on from it and, once decode() has it, what was written."""
+    prompt: list                # of ids, at least one
+    max_new_tokens: int = 500
+    temperature: float = 1.0    # 0: the likeliest token
+    top_k: int = 0              # 0: all
+    top_p: float = 1.0
+    seed: int = 0               # the result depends on it, not on the neighbours
+    end: tuple = ()             # the ids that end it; they are written too
+    tool: object = None         # a function: ids written so far -> ids to be put behind them
+    cancelled: bool = False     # whoever waits for it may set this at any time
+    ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)    # of each id when drawn; None: from the tool
+    reason: str = ''            # why it has ended: end, length, cancelled; '': it goes on
+
+
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits: (B, V) -> (B, V), what a token is drawn from. At temperature 0 it is one-hot."""
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, [-1]], -torch.inf)
-    probs = logits.softmax(1)
-    if top_p < 1:
-        ordered, order = probs.sort(descending=True)
-        ordered[ordered.cumsum(1) - ordered >= top_p] = 0   # the one that crosses top_p is in
+    """
+    logits: (B, V), the others numbers or (B, 1) -> (B, V), what a token is drawn from: the top_k
+    likeliest, then the likeliest that together have top_p. At temperature 0 it is one-hot.
+    """
+    temperature, top_k, top_p = (torch.as_tensor(value, device=logits.device).expand(len(logits), 1)
+                                 for value in (temperature, top_k, top_p))
+    greedy = temperature == 0
+    probs = (logits.float() / temperature.masked_fill(greedy, 1.0)).softmax(1)
+    if (top_k > 0).any() or (top_p < 1).any():
+        most = int(top_k.max()) if (top_k > 0).all() else probs.shape[1]
+        ordered, order = probs.topk(min(most, probs.shape[1]))
+        rank = torch.arange(ordered.shape[1], device=logits.device)
+        ordered = ordered.masked_fill((rank >= top_k) & (top_k > 0), 0)
+        ordered /= ordered.sum(1, keepdim=True)
+        before = ordered.cumsum(1) - ordered        # the token that crosses top_p is in
+        ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), 0)
         probs = torch.zeros_like(probs).scatter_(1, order, ordered)
         probs /= probs.sum(1, keepdim=True)
+    if greedy.any():
+        likeliest = torch.zeros_like(probs).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        probs = torch.where(greedy, likeliest, probs)
     return probs
 
 
-def draw(probs, chance):
-    """probs: (B, V), a generator for each row -> list of B ids"""
+def draw(logits, requests, chance):
+    """logits: (B, V), a generator for each row -> list of B ids, list of their log-probabilities"""
+    if all(request.temperature == 0 for request in requests):
+        return logits.argmax(1).tolist(), [0.0] * len(requests)
+    how = [[getattr(request, name) for request in requests]
+           for name in ('temperature', 'top_k', 'top_p')]
+    probs = probabilities(logits, *(torch.tensor(values, device=logits.device)[:, None]
+                                    for values in how))
     probs = probs if probs.device.type != 'mps' else probs.cpu()    # it has no float64
     # The first token whose cumulated probability exceeds the draw: no token of probability 0.
     sums = probs.double().cumsum(1)
     draws = torch.tensor([[rng.random()] for rng in chance]).to(sums)
-    return torch.searchsorted(sums, draws * sums[:, -1:], right=True).flatten().tolist()
+    ids = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
+    return ids[:, 0].tolist(), probs.gather(1, ids)[:, 0].log().tolist()
 
 
 @torch.inference_mode()
-def decode(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, end=None):
+def decode(model, requests, rows):
     """
-    Go on with each prompt (a list of ids), all rows side by side. Yields, token after token, a list
-    of each row's next id: None once a row has ended, with the id end. Row i draws with seed + i.
+    The decoding loop. Takes Requests from an iterator, as many at a time as there are rows, and
+    yields a request whenever a token was added to its ids. A row whose request has ended goes on
+    with the next one, whatever the others do. The iterator may give None for "nothing now", and
+    None is yielded when there is nothing to do. Memory: rows * block_size keys and values.
     """
-    window = model.config.block_size
-    weight = model.lm_head.weight
-    cache = KVCache(model.config, len(prompts), weight.device, weight.dtype)
-    chance = [np.random.default_rng(seed + row) for row in range(len(prompts))]
-    texts, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
-    pending = [text[-window:] for text in texts]    # what each row has yet to read
-    held = [0] * len(prompts)
-    for _ in range(max_new_tokens):
-        idx = np.full((len(prompts), max(map(len, pending))), -1)
-        for row, tokens in enumerate(pending):
-            idx[row, :len(tokens)] = tokens
-            held[row] += len(tokens)
-        logits, _ = model(torch.from_numpy(idx).to(weight.device), cache=cache)
-        if temperature == 0:
-            step = logits[:, 0].argmax(1).tolist()
-        else:
-            step = draw(probabilities(logits[:, 0], temperature, top_k, top_p), chance)
-        step = [None if ended[row] else token for row, token in enumerate(step)]
-        yield step
-        for row, token in enumerate(step):
-            ended[row] = token is None or token == end
-            pending[row] = [] if ended[row] else [token]
-            texts[row] += pending[row]
-            if held[row] == window and not ended[row]:      # full: go on from the later half
-                pending[row] = texts[row][-max(1, window // 2):]
-                held[row] = 0
-                cache.pos[row], cache.tail[row] = 0, -1
-        if all(ended):
+    window, weight = model.config.block_size, model.transformer.wte.weight
+    cache = KVCache(model.config, rows, weight.device, weight.dtype)
+    live, source = [], iter(requests)   # live[i] is in row i of the cache: no gaps
+
+    def step(first, last):
+        """Let rows first .. last - 1 read what they have pending; each request gets a token."""
+        chosen = live[first:last]
+        idx = np.full((last - first, max(len(row.pending) for row in chosen)), -1)
+        for i, row in enumerate(chosen):
+            idx[i, :len(row.pending)] = row.pending
+            row.held += len(row.pending)
+        part = cache.part(first, last)
+        logits = model(torch.from_numpy(idx).to(weight.device), cache=part)[0][:len(chosen), 0]
+        drawn = draw(logits, [row.request for row in chosen], [row.chance for row in chosen])
+        for i, (row, token, logprob) in enumerate(zip(chosen, *drawn)):
+            request = row.request
+            if request.reason:
+                continue
+            request.ids.append(token)
+            request.logprobs.append(logprob)
+            forced = request.tool(request.ids) if request.tool else []
+            request.ids += forced
+            request.logprobs += [None] * len(forced)
+            if token in request.end:
+                request.reason = 'end'
+            elif len(request.ids) >= request.max_new_tokens:
+                request.reason = 'length'
+            row.pending = [] if request.reason else [token, *forced]
+            if row.held + len(row.pending) > window:    # full: go on from the later half
+                row.pending = (request.prompt + request.ids)[-max(1, window // 2):]
+                row.held, row.whole = 0, False
+                cache.cut(first + i, [])
+            yield request
+
+    while live or source:
+        for i in reversed(range(len(live))):
+            if live[i].request.cancelled and not live[i].request.reason:
+                live[i].request.reason = 'cancelled'
+                yield live[i].request
+            if live[i].request.reason:  # the last row fills the gap
+                row = live.pop()
+                if i < len(live):
+                    live[i] = row
+                    cache.copy_row(len(live), i, row.held)
+        while source and len(live) < rows:
+            request = next(source, False)
+            if request is False:
+                source = None
+            if not request:
+                break
+            cache.cut(len(live), [])
+            live.append(SimpleNamespace(
+                request=request, pending=request.prompt[-window:], held=0, whole=True,
+                chance=np.random.default_rng(request.seed)))
+        if not live and source:
+            yield None
+        for i, row in enumerate(live):
+            twin = next((j for j in range(i) if live[j].whole and row.held == 0 and row.whole
+                         and live[j].request.prompt == row.request.prompt), None)
+            if twin is not None:        # they have read this prompt: leave its last token to read
+                *read, last = row.pending
+                cache.copy_row(twin, i, len(read))
+                cache.cut(i, read)
+                row.pending, row.held = [last], len(read)
+            while len(row.pending) > 1:
+                yield from step(i, i + 1)
+        if any(row.pending for row in live):
+            yield from step(0, len(live) if weight.device.type == 'cpu' else rows)
+
+
+def generate(model, prompts, max_new_tokens, seed=0, **how):
+    """-> for each prompt, side by side, the list of ids written. Prompt i draws with seed + i."""
+    requests = [Request(list(prompt), max_new_tokens, seed=seed + i, **how)
+                for i, prompt in enumerate(prompts)]
+    for _ in decode(model, requests, len(requests)):
+        pass
+    return [request.ids for request in requests]
+
+
+def is_taught(checkpoint):
+    """Whether one of the stages that made this model was about conversations."""
+    return any(entry.get('stage', 'pretrain') not in ('pretrain', 'finetune')
+               for entry in checkpoint['lineage'])
+
+
+def fit(tokenizer, turns, room):
+    """
+    turns: lists of ids, the first one the system's or empty -> prompt of at most room ids, number
+    of turns left out: the oldest first, never the system's nor the last one (whose end is kept).
+    """
+    system, rest = turns[0], turns[1:]
+    kept = len(rest)
+    while kept > 1 and 2 + len(system) + sum(map(len, rest[-kept:])) > room:
+        kept -= 1
+    ids = [tokenizer.special['<|endoftext|>'], *system, *sum(rest[-kept:], [])][:]
+    ids.append(tokenizer.special['<|assistant|>'])
+    return ids[-room:], len(rest) - kept
+
+
+def talk(model, tokenizer, taught):
+    """A conversation in the terminal."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys in input()
+    if not taught:
+        print('This model was never taught to chat: it goes on with your text instead.')
+    turns, end = [[]], tokenizer.special['<|end|>']
+    room = max(2, model.config.block_size - min(max_new_tokens, model.config.block_size // 2))
+    while True:
+        try:
+            line = input('\n> ')
+            if line == '/clear':
+                turns = [turns[0]]
+            elif line.startswith('/system'):
+                said = {'role': 'system', 'content': line[7:].strip()}
+                turns = [tokenizer.render([said])[0][1:] if said['content'] else []]
+            elif line and taught:
+                turns.append(tokenizer.render([{'role': 'user', 'content': line}])[0][1:])
+                prompt, gone = fit(tokenizer, turns, room)
+                if gone:
+                    print(f'(it no longer sees the first {gone} messages: its window is full)')
+                ids = speak(model, tokenizer, prompt, (end, tokenizer.end), calculator(tokenizer))
+                turns.append([prompt[-1], *ids] + [end] * (ids[-1:] != [end]))
+            elif line:
+                speak(model, tokenizer, tokenizer.encode(line), (tokenizer.end,), None)
+        except ValueError as error:     # a character that the model never saw
+            print(error)
+        except (EOFError, KeyboardInterrupt):
+            print()
             break
 
 
-def generate(model, prompts, max_new_tokens, **how):
-    """-> for each prompt, the list of ids that decode() wrote."""
-    steps = list(decode(model, prompts, max_new_tokens, **how))
-    return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+def speak(model, tokenizer, prompt, ends, tool):
+    """Print an answer as it is written; Ctrl-C stops it. -> its ids"""
+    voice, chance = Voice(tokenizer), int(time.time_ns() % 2 ** 32)
+    request = Request(prompt, max_new_tokens, temperature, top_k, top_p, chance, ends, tool)
+    try:
+        for _ in decode(model, [request], 1):
+            print(voice.hear(request.ids, last=bool(request.reason)), end='', flush=True)
+    except KeyboardInterrupt:
+        print(' (stopped)', end='')
+    print()
+    return request.ids
+
+
+def served(model, tokenizer, checkpoint, name):
+    """-> what assets/serve.py needs to know of a model"""
+    taught, window = is_taught(checkpoint), model.config.block_size
+    ends = [i for i in (tokenizer.end, tokenizer.special.get('<|end|>')) if i is not None]
+
+    def encode(prompt):
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if ids and max(ids) >= model.config.vocab_size:
+            raise ValueError(f'this model has no token {max(ids)}')
+        return ids or [tokenizer.end or 0]
+
+    def conversation(messages):
+        if taught:
+            return tokenizer.render(messages, reply=True)[0]
+        return encode('\n'.join(message['content'] for message in messages))
+
+    def request(prompt, most, fields, seed, chat):
+        tool = calculator(tokenizer) if chat and taught else None
+        return Request(prompt, most, fields['temperature'], fields['top_k'], fields['top_p'], seed,
+                       tuple(ends), tool)
+
+    @torch.inference_mode()
+    def logprobs(request, echo, top, chat):
+        """Of each token under the model itself (temperature 1), in OpenAI's two shapes."""
+        ids, scores = request.prompt + request.ids, []
+        seen = torch.tensor([ids[-window - 1:-1]], device=model.transformer.wte.weight.device)
+        if seen.numel():
+            scores = model(seen)[0][0].float().log_softmax(1).cpu()
+        rows = [None] * (len(ids) - len(scores)) + list(scores)     # the first token has no score
+        first = 0 if echo else len(request.prompt)
+        tokens = [tokenizer.decode([i]) for i in ids[first:]]
+        values = [row if row is None else row[i].item() for i, row in zip(ids, rows)][first:]
+        best = [{} if row is None else {tokenizer.decode([i]): row[i].item() for i
+                                        in row.topk(top)[1].tolist()} for row in rows[first:]]
+        if not chat:
+            offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
+            return {'tokens': tokens, 'token_logprobs': values, 'text_offset': offsets,
+                    'top_logprobs': best}
+        return {'content': [
+            {'token': token, 'logprob': value, 'bytes': list(token.encode()), 'top_logprobs': [
+                {'token': other, 'logprob': p, 'bytes': list(other.encode())}
+                for other, p in likely.items()]}
+            for token, value, likely in zip(tokens, values, best)]}
+
+    return SimpleNamespace(
+        name=name, taught=taught, window=window, tokenizer=tokenizer, encode=encode,
+        conversation=conversation, request=request, logprobs=logprobs)
+
+
+class Int8Linear(torch.nn.Module):
+    """
+    A Linear whose weights are kept as bytes with a scale for each output, for inference. Reading
+    weights is all the work of a product with few rows; a byte is a quarter of an fp32 number.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer('scale', scale.to(linear.weight.dtype))
+        self.register_buffer('bias', linear.bias)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == 'cpu':      # a kernel that turns bytes into numbers in registers
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def quantized(model):
+    """Replace the Linears of a model by Int8Linears; tables that are looked up stay as they are."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return model
+
+
+def weight_bytes(model):
+    """How much a decoding step reads of a model's matrices."""
+    return sum(m.weight.nbytes for m in model.modules()
+               if isinstance(m, torch.nn.Linear | Int8Linear))
 
 
 def read_bandwidth(device):
@@ -257,48 +499,66 @@ def read_bandwidth(device):
     return block.nbytes / min(seconds)
 
 
+def complete(model, tokenizer, prompt, text):
+    """Print num_samples texts, the first as it is written. -> tokens written, longest of them"""
+    voice = Voice(tokenizer)
+    ends = () if ignore_end or tokenizer.end is None else (tokenizer.end,)
+    requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, seed + i, ends)
+                for i in range(num_samples)]
+    print(text, end='')
+    for request in decode(model, requests, num_samples):
+        if request is requests[0]:
+            print(voice.hear(request.ids, bool(request.reason)), end='', flush=True)
+    print('\n---------------')
+    for request in requests[1:]:
+        print(text + Voice(tokenizer).hear(request.ids, True) + '\n---------------')
+    return sum(len(r.ids) for r in requests), max(len(r.ids) for r in requests)
+
+
 def main():
     configure(globals())
     torch.set_float32_matmul_precision('high')
     in_range = {'num_samples': num_samples > 0, 'max_new_tokens': max_new_tokens > 0,
                 'seed': seed >= 0, 'temperature': temperature >= 0, 'top_k': top_k >= 0,
-                'top_p': 0 < top_p <= 1}
+                'top_p': 0 < top_p <= 1, 'rows': rows > 0, 'queue_limit': queue_limit > 0,
+                'port': 0 <= port < 65536, 'quantize': quantize in ('', 'int8')}
     for name, good in in_range.items():
         if not good:
             sys.exit(f'--{name}={globals()[name]}: out of range; see --help')
     try:
         where = auto_device(device)
         kind = auto_dtype(dtype, where)
-        model, tokenizer, _ = load_model(out_dir if init_from == 'resume' else init_from)
+        model, tokenizer, checkpoint = load_model(out_dir if init_from == 'resume' else init_from)
         text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
         prompt = tokenizer.encode(text, special=True) or [tokenizer.end or 0]
         if max(prompt) >= model.config.vocab_size:
             raise ValueError(f'--start: this model has no token {tokenizer.decode([max(prompt)])}')
     except (ValueError, OSError) as error:
         sys.exit(str(error))
+    model.to(where, kind).eval()
+    if quantize:
+        quantized(model)
+    lay_for_reading(model)
+    network = torch.compile(model, dynamic=True) if compile else model
+    if serve:
+        from assets.serve import serve as serve_web
+        name = Path(out_dir).name if init_from == 'resume' else init_from
+        try:
+            serve_web(served(network, tokenizer, checkpoint, name),
+                      lambda source: decode(network, source, rows), host, port, queue_limit)
+        except OSError as error:
+            sys.exit(f'--host={host} --port={port}: {error.strerror or error}; try --port=0')
+        return
+    if chat:
+        return talk(network, tokenizer, is_taught(checkpoint))
     if len(prompt) > model.config.block_size:
         print(f'the prompt has {len(prompt)} tokens; the model sees the last '
               f'{model.config.block_size}', file=sys.stderr)
-    lay_for_reading(model.to(where, kind).eval())
-    network = torch.compile(model, dynamic=True) if compile else model
-    stream, rows, steps = tokenizer.stream(), [[] for _ in range(num_samples)], 0
     began = time.perf_counter()
-    print(text, end='')
-    for step in decode(network, [prompt] * num_samples, max_new_tokens, temperature, top_k, top_p,
-                       seed, None if ignore_end else tokenizer.end):
-        steps += 1
-        for row, token in zip(rows, step):
-            if token is not None:
-                row.append(token)
-        if step[0] is not None:     # the first sample appears as it is written, the others later
-            print(stream(step[0]), end='', flush=True)
+    written, steps = complete(network, tokenizer, prompt, text)
     seconds = time.perf_counter() - began
-    print(stream(None, last=True) + '\n---------------')
-    for row in rows[1:]:
-        print(text + tokenizer.decode(row) + '\n---------------')
-    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
-    share = steps * weights / seconds / read_bandwidth(where)
-    print(f'{sum(map(len, rows)) / seconds:.1f} tokens/s in {num_samples} rows; reading weights '
+    share = steps * weight_bytes(model) / seconds / read_bandwidth(where)
+    print(f'{written / seconds:.1f} tokens/s in {num_samples} rows; reading weights '
           f'takes {share:.0%} of the memory bandwidth', file=sys.stderr)
 
 

@@ -69,6 +69,47 @@ class Tokenizer:
         ids = ([self.special[p]] if p in self.special else map(self._char, p) for p in parts)
         return [i for part in ids for i in part]
 
+    def known(self, text):
+        """text without the characters that this vocabulary lacks."""
+        return text if self.bpe else ''.join(c for c in text if c in self.chars)
+
+    def render(self, messages, reply=False):
+        """
+        A conversation -> ids, in play: 1 for what the assistant had to write, its <|end|> too.
+
+        messages: [{'role': system, user or assistant, 'content': text}, ...]; an assistant's
+        content may be a list of parts: {'type': text, call or result, 'text': text}. reply=True
+        opens the assistant's answer. No text becomes a special token. ValueError: what is wrong.
+        """
+        special, ids, in_play = self.special, [self.special['<|endoftext|>']], [0]
+
+        def add(new, mine):
+            ids.extend(new)
+            in_play.extend([int(mine)] * len(new))
+
+        for message in messages:
+            role, content = message['role'], message['content']
+            if role not in ('system', 'user', 'assistant'):
+                raise ValueError(f'a message of role {role!r}: only system, user and assistant')
+            mine = role == 'assistant'
+            add([special[f'<|{role}|>']], False)
+            if isinstance(content, str):
+                content = [{'type': 'text', 'text': content}]
+            for part in content:
+                text = self.encode(part['text'])
+                if part['type'] == 'text':
+                    add(text, mine)
+                elif part['type'] == 'call' and mine:
+                    add([special['<|call|>'], *text, special['<|result|>']], True)
+                elif part['type'] == 'result' and mine:
+                    add([*text, special['<|result|>']], False)
+                else:
+                    raise ValueError(f'a part of type {part["type"]!r} in a message of role {role}')
+            add([special['<|end|>']], mine)
+        if reply:
+            add([special['<|assistant|>']], False)
+        return ids, in_play
+
     def _char(self, c):
         if c not in self.chars:
             raise ValueError(f'the character {c!r} (U+{ord(c):04X}) is none of {len(self.chars)} '
@@ -91,10 +132,33 @@ class Tokenizer:
         special = set(self.special.values())
         return [0 if i in special else len(self.token_bytes(i)) for i in range(self.vocab_size)]
 
-    def stream(self):
-        """-> function from an id to the text it completes: bytes wait for a whole character."""
-        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
-        def text_of(token, last=False):
-            return decoder.decode(b'' if token is None else self.token_bytes(token), last)
-        return text_of
+class Voice:
+    """Ids to text for people, as they come: whole characters, a tool call as [48/2 = 24]."""
+
+    def __init__(self, tokenizer, stop=()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        self.text, self.told, self.seen = '', 0, 0      # characters told, ids seen
+        self.calling, self.stopped = False, False
+
+    def hear(self, ids, last=False):
+        """All ids so far -> the text that is new; what may become a stop text waits."""
+        names = {i: name for name, i in self.tokenizer.special.items()}
+        for token in ids[self.seen:]:
+            if token in names:
+                marks = {'<|call|>': '[', '<|result|>': ' = ' if self.calling else ']'}
+                self.text += marks.get(names[token], '')
+                self.calling = names[token] == '<|call|>'
+            else:
+                self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
+        self.seen = len(ids)
+        if last:
+            self.text += self.decoder.decode(b'', True)
+        found = [self.text.find(stop) for stop in self.stop if stop in self.text]
+        if found:
+            self.text, self.stopped = self.text[:min(found)], True
+        held = 0 if last or self.stopped else max(map(len, self.stop), default=1) - 1
+        end = max(self.told, len(self.text) - held)
+        piece, self.told = self.text[self.told:end], end
+        return piece

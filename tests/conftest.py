@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 
+import data.tokenizer  # noqa: E402
 from data.files import write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
@@ -49,6 +50,22 @@ def tiny(seed=0, **changes):
 @pytest.fixture(params=FAMILIES, ids=list(FAMILIES))
 def model(request):
     return tiny(**FAMILIES[request.param])
+
+
+@pytest.fixture
+def bpe(monkeypatch):
+    """GPT-2's tokenizer without its file: the 256 bytes and one merge, in the same class."""
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks.update({b'th': 256})
+    tiny = tiktoken.Encoding(
+        'tiny', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257}
+    )
+    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiny)
+    data.tokenizer.gpt2_encoding.cache_clear()
+    yield Tokenizer({'kind': 'gpt2'})
+    data.tokenizer.gpt2_encoding.cache_clear()
 
 
 @pytest.fixture(scope='session')

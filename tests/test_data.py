@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, TEXT, run
 
-import data.tokenizer
 from data import web
 from data.files import Tokens, download, read_meta, write_tokens
 from data.tokenizer import SPECIAL, Tokenizer
@@ -19,37 +18,12 @@ from data.tokenizer import SPECIAL, Tokenizer
 MIXED = 'naïve 🙂 سلام 你好 é'
 
 
-@pytest.fixture
-def bpe(monkeypatch):
-    """GPT-2's tokenizer without its file: the 256 bytes and one merge, in the same class."""
-    import tiktoken
-
-    ranks = {bytes([i]): i for i in range(256)}
-    ranks.update({b'th': 256})
-    tiny = tiktoken.Encoding(
-        'tiny', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257}
-    )
-    monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiny)
-    data.tokenizer.gpt2_encoding.cache_clear()
-    yield Tokenizer({'kind': 'gpt2'})
-    data.tokenizer.gpt2_encoding.cache_clear()
-
-
 @pytest.mark.parametrize('kind', ['char', 'gpt2'])
-def test_decode_undoes_encode_and_streams_whole_characters(kind, bpe):
+def test_decode_undoes_encode(kind, bpe):
     tokenizer = bpe if kind == 'gpt2' else Tokenizer.of_text(MIXED)
     ids = tokenizer.encode(MIXED)
     assert tokenizer.decode(ids) == MIXED
-    stream = tokenizer.stream()
-    pieces = [stream(i) for i in ids]
-    assert ''.join(pieces) == MIXED and '\ufffd' not in ''.join(pieces)
     assert sum(tokenizer.byte_lengths()[i] for i in ids) == len(MIXED.encode())
-
-
-def test_a_cut_character_ends_a_stream_as_a_replacement(bpe):
-    stream = bpe.stream()
-    assert [stream(i) for i in bpe.encode('🙂')[:2]] == ['', '']
-    assert stream(None, last=True) == '\ufffd'
 
 
 @pytest.mark.parametrize('kind', ['char', 'gpt2'])

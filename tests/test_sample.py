@@ -1,5 +1,6 @@
 """Decoding: the cached loop against the slow way, windows, sampling, hostile checkpoints."""
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -10,7 +11,15 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, inside, tiny
 
-from sample import RowLinear, decode, generate, lay_for_reading, probabilities, read_checkpoint
+from sample import (
+    Request,
+    RowLinear,
+    decode,
+    generate,
+    lay_for_reading,
+    probabilities,
+    read_checkpoint,
+)
 
 
 def slow(model, prompt, count, seed=0, end=None, **how):
@@ -73,10 +82,114 @@ def test_a_row_stops_at_its_end_token_and_the_others_go_on(model):
     prompts = [[i] for i in range(6)]
     free = generate(model, prompts, 20, seed=3)
     end = free[2][4]
-    stopped = generate(model, prompts, 20, seed=3, end=end)
+    stopped = generate(model, prompts, 20, seed=3, end=(end,))
     assert stopped == [text[: text.index(end) + 1] if end in text else text for text in free]
     assert len(stopped[2]) <= 5
-    assert len(list(decode(model, [prompts[2]], 20, seed=5, end=end))) == len(stopped[2])
+
+
+def mixture():
+    """Requests of every kind: prompts at and around the window, twins, own ways to draw, ends."""
+    rng = np.random.default_rng(0)
+    lengths = [1, 3, 3, 23, 24, 25, 60, 1, 5, 5, 5, 12, 7, 2, 9]
+    prompts = [rng.integers(0, 50, n).tolist() for n in lengths]
+    prompts[9] = prompts[10] = prompts[8]
+    prompts[2] = prompts[1]
+    ways = [{}, {'temperature': 0}, {'top_k': 3}, {'top_p': 0.5}, {'temperature': 0.7, 'top_k': 9}]
+    return [
+        Request(
+            prompt,
+            int(rng.integers(1, 40)),
+            **ways[i % 5],
+            seed=i,
+            end=(7, 9),
+            tool=(lambda ids: [1, 2, 3] if ids[-1] % 5 == 0 else []) if i % 3 == 0 else None,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize('rows', [1, 2, 4, 15])
+def test_any_mixture_of_requests_gives_each_what_it_gets_alone(model, rows):
+    """Refilled rows, gaps that close, shared prompts, forced tokens, windows that slide."""
+    alone = mixture()
+    for request in alone:
+        for _ in decode(model, [request], 1):
+            pass
+    together = mixture()
+    started = []
+
+    def source():
+        for request in together:
+            started.append(request)
+            yield request
+            if len(started) % 4 == 0:
+                yield None  # nothing to give for the moment
+
+    for _ in decode(model, source(), rows):
+        running = [request for request in started if not request.reason]
+        assert len(running) <= rows
+    assert [(r.ids, r.reason) for r in together] == [(r.ids, r.reason) for r in alone]
+    for a, b in zip(together, alone):
+        assert [x is None for x in a.logprobs] == [x is None for x in b.logprobs]
+        real = [[x for x in r.logprobs if x is not None] for r in (a, b)]
+        torch.testing.assert_close(*map(torch.tensor, real), atol=1e-4, rtol=1e-4)
+    assert {r.reason for r in together} == {'end', 'length'}
+
+
+def test_a_row_that_ends_is_refilled_without_waiting_for_the_others(model):
+    lengths = [30, 2, 2, 2, 2, 2]
+    requests = [Request([i], n) for i, n in enumerate(lengths)]
+    order = [requests.index(r) for r in decode(model, requests, 2) if r.reason]
+    assert order == [1, 2, 3, 4, 5, 0]
+
+
+def test_samples_of_one_prompt_share_its_prefill(model):
+    """Counted: the tokens that the model reads."""
+    read, forward = [], model.forward
+    prompt = list(range(20))
+    model.forward = lambda idx, **how: (read.append(int((idx >= 0).sum())), forward(idx, **how))[1]
+    generate(model, [prompt] * 5, 3)
+    assert sum(read) == 20 + 4 * 1 + 5 * 2
+    assert generate(model, [prompt] * 2, 3, seed=4)[1] == generate(model, [prompt], 3, seed=5)[0]
+
+
+def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(model):
+    requests = [
+        Request([3, 1, 4, 1, 5], 12, seed=8),
+        Request([2, 7], 15, temperature=0.7, top_k=4, top_p=0.9, seed=1),
+        Request([2, 7, 1], 14, seed=1, tool=lambda ids: [4, 4] if len(ids) == 5 else []),
+    ]
+    for _ in decode(model, requests, 3):
+        pass
+    for request in requests:
+        text = torch.tensor([request.prompt + request.ids])
+        logits = model(text)[0][0, len(request.prompt) - 1 : -1]
+        how = request.temperature, request.top_k, request.top_p
+        expected = probabilities(logits, *how).log().gather(1, torch.tensor(request.ids)[:, None])
+        for got, want in zip(request.logprobs, expected[:, 0].tolist(), strict=True):
+            assert got is None or got == pytest.approx(want, abs=1e-4)
+    assert [i for i, p in enumerate(requests[2].logprobs) if p is None] == [5, 6]
+    assert requests[2].ids[5:7] == [4, 4]
+
+
+def test_a_cancelled_request_leaves_its_row_and_its_neighbours_alone(model):
+    alone = generate(model, [[1, 2], [3], [4, 5, 6]], 20, seed=7)
+    requests = [Request(p, 20, seed=7 + i) for i, p in enumerate([[1, 2], [3], [4, 5, 6]])]
+    for _ in decode(model, requests, 2):
+        requests[0].cancelled = len(requests[0].ids) == 4
+    assert requests[0].reason == 'cancelled' and requests[0].ids == alone[0][:4]
+    assert [r.ids for r in requests[1:]] == alone[1:]
+
+
+def test_an_endless_source_and_one_that_has_nothing_yet(model):
+    def endless():
+        for i in itertools.count():
+            yield Request([i % 50], 3, seed=i)
+
+    done = (r for r in decode(model, endless(), 4) if r.reason)
+    assert [len(r.ids) for r in itertools.islice(done, 50)] == [3] * 50
+    assert list(decode(model, [None, None], 2)) == [None, None]
+    assert list(decode(model, [], 2)) == []
 
 
 def test_probabilities_are_those_of_the_formula():

@@ -1,0 +1,150 @@
+"""The calculator against Python's own arithmetic, and against whatever a model may write."""
+
+import random
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from conftest import TEXT
+
+from data.tokenizer import Tokenizer
+from data.tools import calculate, calculator
+
+
+@pytest.mark.parametrize(
+    'expression, result',
+    [
+        ('48/2', '24'),
+        (' 48+24 ', '72'),
+        ('0.1+0.2', '0.3'),
+        ('2**10', '1024'),
+        ('2**-1', '0.5'),
+        ('7//2*2+7%2', '7'),
+        ('-3--3', '0'),
+        ('(1+2)*3', '9'),
+        ('1/3', '0.3333333333'),
+        ('1_000*2', '2000'),
+        ('"strawberry".count("r")', '3'),
+        ("'ab ab'.count('ab')+1", '3'),
+        ('"日本日本".count("日本")', '2'),
+        ('9' * 30, '9' * 30),
+        ('(' * 99 + '1' + ')' * 99, '1'),
+        ('-' * 198 + '1', '1'),
+    ],
+)
+def test_what_it_can_compute(expression, result):
+    assert calculate(expression) == result
+
+
+def test_it_agrees_with_exact_arithmetic():
+    rng = random.Random(0)
+    for _ in range(300):
+        numbers = [rng.randint(1, 99) for _ in range(4)]
+        text = str(numbers[0]) + ''.join(rng.choice('+-*/') + str(n) for n in numbers[1:])
+        parts = re.findall(r'\d+|\D', text)
+        exact = eval(''.join(f'Fraction({t})' if t.isdigit() else t for t in parts))
+        got = Fraction(calculate(text))
+        assert abs(got - exact) <= abs(exact) * Fraction(1, 10**9), text
+
+
+@pytest.mark.parametrize(
+    'expression',
+    [
+        '',
+        ' ',
+        '9**9**9',
+        '10**30',
+        '2**0.5',
+        '(-8)**(1/3)',
+        '1/0',
+        '0**-1',
+        '1%0',
+        '9' * 31,
+        '1e400',
+        '1e-40',
+        '1' + '0' * 500,
+        '(' * 150 + '1' + ')' * 150,
+        '-' * 199 + 'x',
+        '1' + '+1' * 99 + '+',
+        '*'.join(['99999'] * 30),
+        '+'.join(f'1/{p}' for p in range(101, 131)),
+        '__import__("os").system("id")',
+        'open("/etc/passwd").read()',
+        '().__class__.__bases__',
+        '"a".__class__',
+        '"a".count',
+        '"a".count()',
+        '"a".count("")',
+        '"a".count("a", 1)',
+        '"a".count(*"a")',
+        '"a".count(sub="a")',
+        '"a" * 10**9',
+        '"{0.__class__}".format(1)',
+        '"a".join("b")',
+        '"a"+"b"',
+        '[1]*9**9',
+        '[x for x in (1,)]',
+        'lambda: 1',
+        '(lambda: 1)()',
+        'x',
+        'x:=1',
+        '(x:=1)',
+        'True',
+        '1 if 1 else 2',
+        '1 < 2',
+        '1 and 2',
+        '~1',
+        '1 << 99999',
+        '1j',
+        'f"{1}"',
+        'b"a".count(b"a")',
+        '1;2',
+        'import os',
+        '1\n2',
+        'a\x00b',
+        '\ud800',
+        '"\\d".counts("d")',
+        '1,000',
+        '{}',
+        '...',
+        'None',
+        'await 1',
+        'yield 1',
+        'abs(-1)',
+        'round(2.5)',
+        '１+１x',
+    ],
+)
+def test_anything_else_is_an_error_at_once(expression):
+    began = time.perf_counter()
+    text = calculate(expression)
+    assert text.startswith('error: ') and len(text) < 100 and '\n' not in text
+    assert time.perf_counter() - began < 0.5
+
+
+def test_no_text_whatever_raises():
+    rng = random.Random(1)
+    alphabet = '0123456789.+-*/%()"\'ecount[]{}<>=,:;\\ \n\t_xé日\x00\ud800'
+    for _ in range(5000):
+        text = ''.join(rng.choice(alphabet) for _ in range(rng.randint(0, 40)))
+        assert isinstance(calculate(text), str)
+
+
+def test_a_call_is_answered_and_a_malformed_one_gets_an_error_to_read(bpe):
+    for tokenizer in Tokenizer.of_text(TEXT + '0123456789+-*/()error: no call'), bpe:
+        tool, special = calculator(tokenizer), tokenizer.special
+        call, result = special['<|call|>'], special['<|result|>']
+
+        def written(*parts, tokenizer=tokenizer):
+            return [i for p in parts for i in (tokenizer.encode(p) if isinstance(p, str) else [p])]
+
+        assert tool(written('To ', call, '6*7')) == []
+        first = written('To ', call, '6*7', result)
+        assert tool(first) == written('42', result)
+        again = first + tool(first) + written(' and ', call, '1/0', result)
+        assert tokenizer.decode(tool(again)[:-1]).startswith('error: di')
+        for bad in written(result), first + tool(first) + [result]:
+            assert tokenizer.decode(tool(bad)[:-1]).startswith('error: no call')
+        nested = written(call, '1+', call, '2+2', result)
+        assert tool(nested) == written('4', result)
