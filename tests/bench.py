@@ -4,18 +4,39 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py cache          # with the KV cache against without
     python tests/bench.py transformers   # GPT-2 124M's shape beside transformers.generate
     python tests/bench.py batch          # 64 samples at once against 64 one by one
+    python tests/bench.py mixed          # 256 requests of mixed lengths, in 32 rows
+    python tests/bench.py int8 out-shakespeare-char     # a run's validation loss with int8 weights
+    python tests/bench.py server         # 16 clients of the web server against the bare loop
 """
 
+import concurrent.futures
+import http.client
+import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from assets.serve import Server  # noqa: E402
+from data.files import DATA, Tokens  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
-from sample import auto_device, generate, lay_for_reading, read_bandwidth  # noqa: E402
+from sample import (  # noqa: E402
+    Request,
+    auto_device,
+    decode,
+    generate,
+    lay_for_reading,
+    load_model,
+    quantized,
+    read_bandwidth,
+    served,
+    weight_bytes,
+)
 
 CHAR = dict(n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=72)
 GPT2_124M = dict(GPT2, n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
@@ -49,8 +70,7 @@ def uncached_seconds(model, count, every):
 
 
 def share(model, seconds):
-    weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
-    return f'{weights / seconds / read_bandwidth(DEVICE):.0%} of the memory bandwidth'
+    return f'{weight_bytes(model) / seconds / read_bandwidth(DEVICE):.0%} of the memory bandwidth'
 
 
 def cache():
@@ -95,6 +115,12 @@ def transformers():
             f'transformers {hf.__version__} {64 / slow:.1f}: '
             f'{slow / fast:.2f} x; {share(ours, fast / 64)}'
         )
+        bytes_ = quantized(ours)
+        small = timed(lambda model=bytes_: generate(model, prompt.tolist(), 64, temperature=0))
+        print(
+            f'the same with int8 weights: {64 / small:.1f} tokens/s, {fast / small:.2f} x; '
+            f'{share(bytes_, small / 64)}'
+        )
 
 
 def batch():
@@ -111,8 +137,89 @@ def batch():
     )
 
 
+def mixed():
+    """256 requests for 10 to 200 tokens: refilled rows, batches that wait, one by one."""
+    model, rng = build(CHAR), np.random.default_rng(0)
+    asked = rng.integers(10, 201, 256).tolist()
+    prompts = [rng.integers(0, 65, rng.integers(1, 40)).tolist() for _ in asked]
+
+    def seconds(size, rows):
+        """Of all requests, given to the loop in groups of a size that wait for each other."""
+        requests = [Request(p, n, seed=i) for i, (p, n) in enumerate(zip(prompts, asked))]
+        began = time.perf_counter()
+        for first in range(0, 256, size):
+            for _ in decode(model, requests[first : first + size], rows):
+                pass
+        return time.perf_counter() - began
+
+    seconds(256, 32)
+    loop, waiting, alone = seconds(256, 32), seconds(32, 32), seconds(1, 1)
+    print(
+        f'256 requests, {sum(asked)} tokens: {sum(asked) / loop:.0f} tokens/s in 32 rows; '
+        f'{waiting / loop:.2f} x batches that wait for their longest, '
+        f'{alone / loop:.1f} x one by one'
+    )
+
+
+def int8(folder):
+    """Validation loss of a run, with its weights and with bytes for them; all in fp32 else."""
+    model, _, checkpoint = load_model(folder)
+    config = checkpoint['config']
+    val = Tokens(DATA / config['dataset'], 'val', config['block_size'] + 1)
+    starts, repeats = val.cover(config['block_size'])
+    starts = starts[repeats == 0]
+
+    @torch.inference_mode()
+    def loss():
+        total = 0.0
+        for part in np.array_split(starts, -(-len(starts) // 64)):
+            window = torch.from_numpy(val.windows(part, config['block_size'] + 1))
+            total += model(window[:, :-1], window[:, 1:])[1].item()
+        return total / len(starts) / config['block_size']
+
+    model.eval()
+    before = loss()
+    quantized(model)
+    after = loss()
+    print(f'{folder}: {before:.5f} in fp32, {after:.5f} in int8: {after / before - 1:+.4%}')
+
+
+def server():
+    """GPT-2 124M's shape, 16 clients at once, 64 tokens each, streamed."""
+    model, rows = build(GPT2_124M), 16
+    tokenizer = Tokenizer.of_text(''.join(map(chr, range(32, 126))))
+    prompts = [[i + 1] * 16 for i in range(rows)]
+    bare = timed(lambda: generate(model, prompts, 64, temperature=0))
+    known = served(model, tokenizer, {'lineage': []}, 'bench')
+    with Server(known, lambda source: decode(model, source, rows), '127.0.0.1', 0, 64) as web:
+
+        def ask(prompt):
+            connection = http.client.HTTPConnection('127.0.0.1', web.server_port)
+            body = {'prompt': prompt, 'max_tokens': 64, 'temperature': 0, 'stream': True}
+            began = time.perf_counter()
+            headers = {'Content-Type': 'application/json'}
+            connection.request('POST', '/v1/completions', json.dumps(body), headers)
+            reply = connection.getresponse()
+            reply.fp.readline()
+            first = time.perf_counter() - began
+            reply.read()
+            return first
+
+        with concurrent.futures.ThreadPoolExecutor(rows) as pool:
+            firsts = []
+            through_web = timed(lambda: firsts.extend(pool.map(ask, prompts)))
+    print(
+        f'GPT-2 124M, 16 clients: {1024 / through_web:.1f} tokens/s, the bare loop '
+        f'{1024 / bare:.1f}: {bare / through_web:.0%}; first token after '
+        f'{sorted(firsts)[len(firsts) // 2]:.2f} s (median), {max(firsts):.2f} s (worst)'
+    )
+
+
 if __name__ == '__main__':
-    chosen = sys.argv[1:] or ['cache', 'transformers', 'batch']
+    chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server']
     print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
-    for name in chosen:
-        {'cache': cache, 'transformers': transformers, 'batch': batch}[name]()
+    if chosen[0] == 'int8':
+        int8(chosen[1])
+    else:
+        for name in chosen:
+            globals()[name]()
