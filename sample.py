@@ -8,6 +8,7 @@ A row's context is at most block_size tokens. A longer prompt is cut to its last
 when a row has filled the window, it goes on with the later half of it as its context (so a sample
 can be of any length).
 """
+import collections
 import contextlib
 import os
 import pickle
@@ -38,6 +39,7 @@ top_k = 200             # draw from the k most likely tokens only; 0: all
 top_p = 1.0             # draw from the most likely tokens that together have this probability
 ignore_end = False      # go on after the end token
 seed = 1337             # sample i depends on seed + i alone
+votes = 1               # write so many answers and show one that most of them agree with
 chat = False            # talk with it; /clear, /system text, Ctrl-C stops an answer, Ctrl-D ends
 serve = False           # a chat page and an OpenAI-compatible API at http://host:port
 host = '127.0.0.1'      # 0.0.0.0 lets other machines in
@@ -362,7 +364,7 @@ def talk(model, tokenizer, taught):
         import readline  # noqa: F401  arrow keys in input()
     if not taught:
         print('This model was never taught to chat: it goes on with your text instead.')
-    turns, end = [[]], tokenizer.special['<|end|>']
+    turns, end = [[]], tokenizer.special.get('<|end|>')
     room = max(2, model.config.block_size - min(max_new_tokens, model.config.block_size // 2))
     while True:
         try:
@@ -389,16 +391,36 @@ def talk(model, tokenizer, taught):
 
 
 def speak(model, tokenizer, prompt, ends, tool):
-    """Print an answer as it is written; Ctrl-C stops it. -> its ids"""
+    """Print an answer as it is written, or what most of --votes say; Ctrl-C stops. -> its ids"""
     voice, chance = Voice(tokenizer), int(time.time_ns() % 2 ** 32)
-    request = Request(prompt, max_new_tokens, temperature, top_k, top_p, chance, ends, tool)
+    requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, chance + i, ends, tool)
+                for i in range(votes)]
     try:
-        for _ in decode(model, [request], 1):
-            print(voice.hear(request.ids, last=bool(request.reason)), end='', flush=True)
+        for request in decode(model, requests, votes):
+            if votes == 1:
+                print(voice.hear(request.ids, last=bool(request.reason)), end='', flush=True)
+        if votes > 1:
+            requests = [elect(requests, tokenizer)]
     except KeyboardInterrupt:
         print(' (stopped)', end='')
     print()
-    return request.ids
+    return requests[0].ids
+
+
+def elect(requests, tokenizer):
+    """Print one of the answers that most agree with (arXiv:2203.11171). -> its request"""
+    texts = [Voice(tokenizer).hear(request.ids, last=True) for request in requests]
+    finals = [final_answer(text) for text in texts]
+    winner, count = collections.Counter(finals).most_common(1)[0]
+    chosen = finals.index(winner)
+    print(f'{texts[chosen]}\n({count} of {len(texts)} answers say: {winner})', end='')
+    return requests[chosen]
+
+
+def final_answer(text):
+    """What follows the last ####, as in GSM8K; without one, the last line that is not empty."""
+    lines = text.split('####')[-1].strip().splitlines() or ['']
+    return lines[0 if '####' in text else -1].strip()
 
 
 def served(model, tokenizer, checkpoint, name):
@@ -462,15 +484,18 @@ class Int8Linear(torch.nn.Module):
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         self.register_buffer('weight', (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer('scale', scale.to(linear.weight.dtype))
+        self.register_buffer('ones', torch.ones_like(scale, dtype=torch.bfloat16))
         self.register_buffer('bias', linear.bias)
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
-        if x.device.type == 'cpu':      # a kernel that turns bytes into numbers in registers
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        if x.device.type == 'cpu' and len(rows) <= 8:
+            # torch's kernel turns bytes into numbers in registers; it is fast for bf16 rows alone,
+            # and would round the scales to bf16 too. With many rows, unpacking once is cheaper.
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones).to(x.dtype)
         else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
-        y = y.view(*x.shape[:-1], -1)
+            y = F.linear(rows, self.weight.to(x.dtype))
+        y = (y * self.scale).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -521,7 +546,7 @@ def main():
     in_range = {'num_samples': num_samples > 0, 'max_new_tokens': max_new_tokens > 0,
                 'seed': seed >= 0, 'temperature': temperature >= 0, 'top_k': top_k >= 0,
                 'top_p': 0 < top_p <= 1, 'rows': rows > 0, 'queue_limit': queue_limit > 0,
-                'port': 0 <= port < 65536, 'quantize': quantize in ('', 'int8')}
+                'port': 0 <= port < 65536, 'votes': votes > 0, 'quantize': quantize in ('', 'int8')}
     for name, good in in_range.items():
         if not good:
             sys.exit(f'--{name}={globals()[name]}: out of range; see --help')
@@ -554,6 +579,11 @@ def main():
     if len(prompt) > model.config.block_size:
         print(f'the prompt has {len(prompt)} tokens; the model sees the last '
               f'{model.config.block_size}', file=sys.stderr)
+    if votes > 1:
+        ends = () if ignore_end or tokenizer.end is None else (tokenizer.end,)
+        print(text, end='')
+        speak(network, tokenizer, prompt, ends, None)
+        return
     began = time.perf_counter()
     written, steps = complete(network, tokenizer, prompt, text)
     seconds = time.perf_counter() - began

@@ -7,7 +7,7 @@ from conftest import TEXT, tiny
 
 import sample
 from data.tokenizer import SPECIAL, Tokenizer, Voice
-from sample import fit, is_taught
+from sample import Request, elect, final_answer, fit, is_taught
 
 LETTERS = Tokenizer.of_text(TEXT + 'abcdefghijklmnopqrstuvwxyz0123456789+-*/=<|>_')
 
@@ -206,3 +206,30 @@ def test_the_tool_answers_inside_a_talk(monkeypatch, capsys):
 
     monkeypatch.setattr(sample, 'decode', write)
     assert '[6*7 = 42]' in converse(monkeypatch, capsys, ['be'])
+
+
+@pytest.mark.parametrize(
+    'text, answer',
+    [
+        ('6*7 is\n#### 42\n', '42'),
+        ('#### 1\nno\n#### 72 \nand more', '72'),
+        ('so\nit is 9\n\n', 'it is 9'),
+        ('####', ''),
+        ('', ''),
+    ],
+)
+def test_what_the_final_answer_is(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_most_votes_win(capsys):
+    texts = ['a\n#### 1', 'b\n#### 2', 'c\n#### 2', 'd\n#### 3']
+    voters = Tokenizer.of_text(''.join(texts))
+    requests = [Request([0], ids=voters.encode(text)) for text in texts]
+    assert elect(requests, voters) is requests[1]
+    assert '2 of 4 answers say: 2' in capsys.readouterr().out
+
+
+def test_votes_in_a_talk(monkeypatch, capsys):
+    monkeypatch.setattr(sample, 'votes', 3)
+    assert 'of 3 answers say' in converse(monkeypatch, capsys, ['be'])

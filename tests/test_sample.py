@@ -12,12 +12,14 @@ import torch
 from conftest import FAMILIES, ROOT, inside, tiny
 
 from sample import (
+    Int8Linear,
     Request,
     RowLinear,
     decode,
     generate,
     lay_for_reading,
     probabilities,
+    quantized,
     read_checkpoint,
 )
 
@@ -348,3 +350,30 @@ def test_a_checkpoint_of_another_architecture_is_named(trained, tmp_path):
 def test_every_family_decodes_in_bfloat16():
     for changes in FAMILIES.values():
         assert len(generate(tiny(**changes).bfloat16(), [[1, 2], [3]], 30)[1]) == 30
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('rows', [1, 8, 9])
+@pytest.mark.parametrize('bias', [True, False])
+def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 40, bias=bias).to(dtype)
+    x, small = torch.randn(2, rows, 96, dtype=dtype)[:1], Int8Linear(linear)
+    weight = linear.weight.detach().double()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    dequantized = (weight / scale).round() * scale
+    assert (dequantized - weight).abs().max() <= scale.max() / 2 + 1e-9
+    expected = x.double() @ dequantized.T + (linear.bias.double() if bias else 0)
+    torch.testing.assert_close(small(x).double(), expected, atol=0.02, rtol=0.02)
+    assert small(x).dtype == dtype and small.weight.dtype == torch.int8
+
+
+def test_a_quantized_model_decodes_nearly_as_before(model):
+    x = torch.arange(20)[None]
+    before = model(x)[0].log_softmax(-1)
+    assert quantized(model) is model and not any(
+        isinstance(m, torch.nn.Linear) for m in model.modules()
+    )
+    after = model(x)[0].log_softmax(-1)
+    assert 0 < (before.exp() * (before - after)).sum(-1).mean() < 0.01  # KL
+    assert len(generate(model, [[1], [2, 3]], 30)[1]) == 30
