@@ -10,6 +10,7 @@ can be of any length).
 """
 import collections
 import contextlib
+import itertools
 import os
 import pickle
 import re
@@ -316,9 +317,10 @@ def decode(model, requests, rows):
         if not live and source:
             yield None
         for i, row in enumerate(live):
-            twin = next((j for j in range(i) if live[j].whole and row.held == 0 and row.whole
-                         and live[j].request.prompt == row.request.prompt), None)
-            if twin is not None:        # they have read this prompt: leave its last token to read
+            new = row.held == 0 and row.whole
+            twins = (j for j in range(i if new else 0)
+                     if live[j].whole and live[j].request.prompt == row.request.prompt)
+            for twin in itertools.islice(twins, 1):     # has read this prompt: all but its last
                 *read, last = row.pending
                 cache.copy_row(twin, i, len(read))
                 cache.cut(i, read)
@@ -351,11 +353,10 @@ def fit(tokenizer, turns, room):
     """
     system, rest = turns[0], turns[1:]
     kept = len(rest)
-    while kept > 1 and 2 + len(system) + sum(map(len, rest[-kept:])) > room:
-        kept -= 1
-    ids = [tokenizer.special['<|endoftext|>'], *system, *sum(rest[-kept:], [])][:]
-    ids.append(tokenizer.special['<|assistant|>'])
-    return ids[-room:], len(rest) - kept
+    while kept > 2 and 2 + len(system) + sum(map(len, rest[-kept:])) > room:
+        kept -= 2       # a question and its answer
+    begin, reply = (tokenizer.special[name] for name in ('<|endoftext|>', '<|assistant|>'))
+    return [begin, *system, *sum(rest[-kept:], []), reply][-room:], len(rest) - kept
 
 
 def talk(model, tokenizer, taught):
@@ -364,7 +365,7 @@ def talk(model, tokenizer, taught):
         import readline  # noqa: F401  arrow keys in input()
     if not taught:
         print('This model was never taught to chat: it goes on with your text instead.')
-    turns, end = [[]], tokenizer.special.get('<|end|>')
+    turns, end, chances = [[]], tokenizer.special.get('<|end|>'), itertools.count(seed, votes)
     room = max(2, model.config.block_size - min(max_new_tokens, model.config.block_size // 2))
     while True:
         try:
@@ -379,20 +380,23 @@ def talk(model, tokenizer, taught):
                 prompt, gone = fit(tokenizer, turns, room)
                 if gone:
                     print(f'(it no longer sees the first {gone} messages: its window is full)')
-                ids = speak(model, tokenizer, prompt, (end, tokenizer.end), calculator(tokenizer))
+                ids = speak(model, tokenizer, prompt, next(chances), (end, tokenizer.end),
+                            calculator(tokenizer))
                 turns.append([prompt[-1], *ids] + [end] * (ids[-1:] != [end]))
             elif line:
-                speak(model, tokenizer, tokenizer.encode(line), (tokenizer.end,), None)
+                speak(model, tokenizer, tokenizer.encode(line), next(chances), (tokenizer.end,))
         except ValueError as error:     # a character that the model never saw
             print(error)
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            print('\n(Ctrl-D ends the chat)')
+        except EOFError:
             print()
             break
 
 
-def speak(model, tokenizer, prompt, ends, tool):
+def speak(model, tokenizer, prompt, chance, ends, tool=None):
     """Print an answer as it is written, or what most of --votes say; Ctrl-C stops. -> its ids"""
-    voice, chance = Voice(tokenizer), int(time.time_ns() % 2 ** 32)
+    voice = Voice(tokenizer)
     requests = [Request(prompt, max_new_tokens, temperature, top_k, top_p, chance + i, ends, tool)
                 for i in range(votes)]
     try:
@@ -582,7 +586,7 @@ def main():
     if votes > 1:
         ends = () if ignore_end or tokenizer.end is None else (tokenizer.end,)
         print(text, end='')
-        speak(network, tokenizer, prompt, ends, None)
+        speak(network, tokenizer, prompt, seed, ends)
         return
     began = time.perf_counter()
     written, steps = complete(network, tokenizer, prompt, text)

@@ -39,6 +39,7 @@ from sample import (  # noqa: E402
 )
 
 CHAR = dict(n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=72)
+LONG = dict(n_layer=6, n_head=3, n_embd=192, block_size=256, vocab_size=72, ngrams=4)
 GPT2_124M = dict(GPT2, n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
 DEVICE = auto_device()
 
@@ -75,7 +76,8 @@ def share(model, seconds):
 
 def cache():
     for name, shape, count, every in (
-        ('characters', CHAR, 255, 1),
+        ('characters, 4 layers of 128', CHAR, 255, 1),
+        ('characters, 6 layers of 192', LONG, 255, 1),
         ('GPT-2 124M', GPT2_124M, 900, 25),
     ):
         model = build(shape)

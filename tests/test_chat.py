@@ -120,8 +120,8 @@ def test_a_full_context_leaves_out_the_oldest_turns_but_not_the_system():
     turns = [[90], [1] * 10, [2] * 10, [3] * 10]
     begin, assistant = (LETTERS.special[name] for name in ('<|endoftext|>', '<|assistant|>'))
     assert fit(LETTERS, turns, 100) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
-    assert fit(LETTERS, turns, 23) == ([begin, 90] + [2] * 10 + [3] * 10 + [assistant], 1)
-    assert fit(LETTERS, turns, 22) == ([begin, 90] + [3] * 10 + [assistant], 2)
+    assert fit(LETTERS, turns, 33) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
+    assert fit(LETTERS, turns, 32) == ([begin, 90] + [3] * 10 + [assistant], 2)
     assert fit(LETTERS, turns, 5) == ([3] * 4 + [assistant], 2)
 
 
@@ -143,7 +143,7 @@ def converse(monkeypatch, capsys, lines, taught=True, **changes):
 
     monkeypatch.setattr(builtins, 'input', type_line)
     monkeypatch.setattr(sample, 'max_new_tokens', 12)
-    monkeypatch.setattr(sample.time, 'time_ns', lambda: 4)  # the seed of an answer
+    monkeypatch.setattr(sample, 'seed', 4)
     model = tiny(vocab_size=LETTERS.vocab_size, **{'block_size': 64, **changes})
     sample.talk(model, LETTERS, taught)
     return capsys.readouterr().out
@@ -152,9 +152,9 @@ def converse(monkeypatch, capsys, lines, taught=True, **changes):
 def test_a_talk_of_several_turns(monkeypatch, capsys):
     prompts, speak = [], sample.speak
 
-    def spy(model, tokenizer, prompt, ends, tool):
+    def spy(model, tokenizer, prompt, *how):
         prompts.append(tokenizer.decode(prompt))
-        return speak(model, tokenizer, prompt, ends, tool)
+        return speak(model, tokenizer, prompt, *how)
 
     monkeypatch.setattr(sample, 'speak', spy)
     lines = ['be', '', '☃', 'or', '/system no', 'to', '/clear', 'it', '/system', 'by']
@@ -184,6 +184,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(monkeypatch, capsys):
     monkeypatch.setattr(sample, 'Voice', Stopping)
     text = converse(monkeypatch, capsys, ['be', 'or'])
     assert text.count('(stopped)') == 1 and len(calls) >= 4
+    assert 'Ctrl-D ends' in converse(monkeypatch, capsys, [KeyboardInterrupt(), 'be'])
 
 
 def test_a_model_that_was_never_taught_says_so_and_completes(monkeypatch, capsys):

@@ -3,15 +3,20 @@
 import concurrent.futures
 import http.client
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import TEXT, tiny
+from conftest import ROOT, TEXT, tiny
 
 import sample
-from assets.serve import Refusal, Server, read
+from assets.serve import Handler, Refusal, Server, read
 from data.tokenizer import Tokenizer, Voice
 from sample import Request, decode, generate, served
 
@@ -275,6 +280,40 @@ def test_a_client_that_leaves_frees_its_row(model, stream):
         began = time.monotonic()
         assert post(server, body={'prompt': 'be', 'max_tokens': 2})[0] == 200
         assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    'sent',
+    [b'', b'POST /v1/completions HT', b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n',
+     b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+     b'Content-Length: 99\r\n\r\n{"prompt": '],
+    ids=len,
+)  # fmt: skip
+def test_a_client_that_stalls_is_let_go(model, sent, monkeypatch):
+    monkeypatch.setattr(Handler, 'timeout', 0.3)
+    with start(model) as server:
+        with socket.create_connection(('127.0.0.1', server.server_port), timeout=10) as s:
+            s.sendall(sent)
+            assert s.recv(100) == b''
+        assert post(server, body={'prompt': 'to'})[0] == 200
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals of Unix')
+def test_ctrl_c_ends_the_server_cleanly_even_under_way(trained):
+    command = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={trained}', '--serve=True']
+    process = subprocess.Popen(
+        [*command, '--port=0', '--device=cpu', '--dtype=float32'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    port = int(re.search(r':(\d+)/', process.stdout.readline())[1])
+    body = json.dumps({'prompt': 'To', 'max_tokens': 100000, 'stream': True})
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+    connection.request('POST', '/v1/completions', body, {'Content-Type': 'application/json'})
+    assert connection.getresponse().fp.readline().startswith(b'data: ')
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0 and process.stderr.read() == ''
 
 
 def test_an_error_while_decoding_ends_those_requests_and_not_the_server(model, monkeypatch):
