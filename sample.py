@@ -194,7 +194,7 @@ def lay_for_reading(model):
     return model
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt, how to go on from it and, once decode() has it, what was written."""
     prompt: list                # of ids, at least one

@@ -237,11 +237,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(f'a page from {origin!r} may not use this server', 403)
 
     def send(self, status, body, kind='application/json'):
-        if self.started:    # a stream is under way: no status any more
-            self.close_connection = True
-            return
         data = json.dumps(body).encode() if kind == 'application/json' else body
         try:
+            if self.started:    # a stream is under way: it is too late for a status
+                self.wfile.write(event(body))
+                return
             self.send_response(status)
             self.send_header('Content-Type', kind)
             self.send_header('Content-Length', str(len(data)))
@@ -316,14 +316,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def heard(self, requests, news):
         """Yields (request, new text), until all have ended. A client that leaves is an error."""
-        left = {id(request) for request in requests if not request.reason}
+        left = {request for request in requests if not request.reason}
         while left:
             try:
                 request = news.get(timeout=0.5)
             except queue.Empty:
                 request = None
             self.check_presence()
-            if request is None or id(request) not in left:
+            if request not in left:
                 continue
             if request.reason == 'error':
                 raise Refusal('decoding failed', 500)
@@ -331,7 +331,7 @@ class Handler(BaseHTTPRequestHandler):
             piece = request.voice.hear(list(request.ids), last=ended)
             if ended or request.voice.stopped:
                 request.cancelled = True
-                left.remove(id(request))
+                left.remove(request)
             yield request, piece
 
     def check_presence(self):

@@ -6,6 +6,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py batch          # 64 samples at once against 64 one by one
     python tests/bench.py mixed          # 256 requests of mixed lengths, in 32 rows
     python tests/bench.py int8 out-shakespeare-char     # a run's validation loss with int8 weights
+    python tests/bench.py steps          # the laptop run's steps beside nanoGPT's recipe's
     python tests/bench.py server         # 16 clients of the web server against the bare loop
 """
 
@@ -22,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from assets.serve import Server  # noqa: E402
+from configurator import configure, read_settings  # noqa: E402
 from data.files import DATA, Tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
@@ -217,8 +219,40 @@ def server():
     )
 
 
+def steps():
+    """Steps of two configs in turn, so that whatever else the machine does slows both alike."""
+    import train
+
+    defaults = {name: vars(train)[name] for name in read_settings(train.__file__)}
+    runs, seconds = {}, {}
+    for name in 'nanogpt_baseline', 'train_shakespeare_char':
+        vars(train).update(defaults)
+        with tempfile.TemporaryDirectory() as folder:
+            configure(vars(train), [f'config/{name}.py', f'--out_dir={folder}/out'])
+            run = train.setup()
+            batches, _ = train.prepare(run, *train.make_model(run))
+        runs[name] = run, batches, {key: vars(train)[key] for key in defaults}
+        seconds[name] = []
+    for turn in range(11):
+        for name, (run, batches, settings) in runs.items():
+            vars(train).update(settings)
+            began = time.perf_counter()
+            for step in range(10 * turn, 10 * turn + 10):
+                train.one_step(run, batches, step)
+            seconds[name].append((time.perf_counter() - began) / 10)
+    whole = []
+    for name, (_, _, settings) in runs.items():
+        one = sorted(seconds[name][1:])
+        whole.append(sum(one) / len(one) * settings['max_iters'])
+        print(
+            f'{name}: {1e3 * one[5]:.0f} ms a step (median of 10 x 10; {1e3 * one[0]:.0f} to '
+            f'{1e3 * one[-1]:.0f}), {settings["max_iters"]} steps are {whole[-1]:.0f} s'
+        )
+    print(f'the second takes {whole[1] / whole[0]:.0%} of the time of the first')
+
+
 if __name__ == '__main__':
-    chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server']
+    chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server', 'steps']
     print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
     if chosen[0] == 'int8':
         int8(chosen[1])
