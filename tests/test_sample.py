@@ -358,11 +358,13 @@ def test_every_family_decodes_in_bfloat16():
 def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(96, 40, bias=bias).to(dtype)
-    x, small = torch.randn(2, rows, 96, dtype=dtype)[:1], Int8Linear(linear)
+    x = torch.randn(2, rows, 96, dtype=dtype)[:1]
+    linear.weight.data = linear.weight.data.t().contiguous().t()  # as laid for reading
+    small = Int8Linear(linear)
     weight = linear.weight.detach().double()
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    dequantized = (weight / scale).round() * scale
-    assert (dequantized - weight).abs().max() <= scale.max() / 2 + 1e-9
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().double()
+    dequantized = (weight / scale).round().clamp(-127, 127) * scale
+    assert (dequantized - weight).abs().max() <= scale.max() * 0.76  # 1/2, at the ends 1/2 + 1/4
     expected = x.double() @ dequantized.T + (linear.bias.double() if bias else 0)
     torch.testing.assert_close(small(x).double(), expected, atol=0.02, rtol=0.02)
     assert small(x).dtype == dtype and small.weight.dtype == torch.int8
