@@ -481,6 +481,7 @@ class Int8Linear(torch.nn.Module):
     A Linear whose weights are kept as bytes with a scale for each output, for inference. Reading
     weights is all the work of a product with few rows; a byte is a quarter of an fp32 number.
     """
+    few = 8     # rows: with more, unpacking the weights once is cheaper than torch's kernel
 
     def __init__(self, linear):
         super().__init__()
@@ -494,9 +495,8 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, x):
         rows = x.view(-1, x.shape[-1])
-        if x.device.type == 'cpu' and len(rows) <= 8:
+        if x.device.type == 'cpu' and len(rows) <= self.few:
             # torch's kernel turns bytes into numbers in registers; it is fast for bf16 rows alone.
-            # With many rows, unpacking once is cheaper.
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
