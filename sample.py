@@ -42,7 +42,7 @@ ignore_end = False      # go on after the end token
 seed = 1337             # sample i depends on seed + i alone
 votes = 1               # write so many answers and show one that most of them agree with
 chat = False            # talk with it; /clear, /system text, Ctrl-C stops an answer, Ctrl-D ends
-serve = False           # a chat page and an OpenAI-compatible API at http://host:port
+serve = False           # a page and an OpenAI-like API; requests bring their own temperature ...
 host = '127.0.0.1'      # 0.0.0.0 lets other machines in
 port = 8000             # 0: any that is free
 rows = 16               # requests that decode at a time, when serving
@@ -150,22 +150,25 @@ def load_model(source, dropout=0.0):
         path = path / 'best.pt' if (path / 'best.pt').exists() else path / 'ckpt.pt'
     checkpoint = read_checkpoint(path)
     args = checkpoint['model_args']
-    if 'norm' not in args:      # nanoGPT's checkpoints know one architecture
-        args = {**GPT2, **args}
     try:
+        if 'norm' not in args:      # nanoGPT's checkpoints know one architecture
+            args = {**GPT2, **args}
+        if args['n_layer'] > len(checkpoint['model']):
+            raise ValueError(f'{args["n_layer"]} layers, {len(checkpoint["model"])} tensors')
         model = GPT(GPTConfig(**{**args, 'dropout': dropout}))
         model.load_state_dict({
             name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
             if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
-    except (TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f'{path}: its weights are of another architecture than this model.py '
+        spec = checkpoint.get('tokenizer') or read_meta(
+            DATA / checkpoint.get('config', {}).get('dataset', ''))['tokenizer']
+        if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
+            raise ValueError('its characters are in the data folder that it was trained on; put '
+                             'its meta.pkl back there')
+        return model, Tokenizer(spec), checkpoint
+    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError,
+            ArithmeticError) as error:
+        raise ValueError(f'{path}: damaged, or of another architecture than this model.py '
                          f'({str(error).splitlines()[0]})') from None
-    meta = read_meta(DATA / checkpoint.get('config', {}).get('dataset', ''))
-    spec = checkpoint.get('tokenizer') or meta['tokenizer']
-    if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
-        raise ValueError(f'{path}: its characters are in the data folder that it was trained on; '
-                         'put its meta.pkl back there')
-    return model, Tokenizer(spec), checkpoint
 
 
 class RowLinear(torch.nn.Linear):
@@ -218,7 +221,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     temperature, top_k, top_p = (torch.as_tensor(value, device=logits.device).expand(len(logits), 1)
                                  for value in (temperature, top_k, top_p))
-    greedy = temperature == 0
+    greedy = temperature < 1e-4     # less would divide beyond what fp32 can hold
+    top_p = top_p.clamp(min=1e-6)
     probs = (logits.float() / temperature.masked_fill(greedy, 1.0)).softmax(1)
     if (top_k > 0).any() or (top_p < 1).any():
         most = int(top_k.max()) if (top_k > 0).all() else probs.shape[1]
@@ -248,7 +252,7 @@ def draw(logits, requests, chance):
     # The first token whose cumulated probability exceeds the draw: no token of probability 0.
     sums = probs.double().cumsum(1)
     draws = torch.tensor([[rng.random()] for rng in chance]).to(sums)
-    ids = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
+    ids = torch.searchsorted(sums, draws * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
     return ids[:, 0].tolist(), probs.gather(1, ids)[:, 0].log().tolist()
 
 
@@ -266,21 +270,24 @@ def decode(model, requests, rows):
 
     def step(first, last):
         """Let rows first .. last - 1 read what they have pending; each request gets a token."""
-        chosen = live[first:last]
-        idx = np.full((last - first, max(len(row.pending) for row in chosen)), -1)
-        for i, row in enumerate(chosen):
+        idx = np.full((last - first, max(len(row.pending) for row in live[first:last])), -1)
+        if last - first > 1:    # side by side: a token each, of those that have no more to read
+            idx = idx[:, :1]
+        reading = [(i, row) for i, row in enumerate(live[first:last])
+                   if 0 < len(row.pending) <= idx.shape[1]]
+        for i, row in reading:
             idx[i, :len(row.pending)] = row.pending
             row.held += len(row.pending)
         part = cache.part(first, last)
-        logits = model(torch.from_numpy(idx).to(weight.device), cache=part)[0][:len(chosen), 0]
-        drawn = draw(logits, [row.request for row in chosen], [row.chance for row in chosen])
-        for i, (row, token, logprob) in enumerate(zip(chosen, *drawn)):
+        logits = model(torch.from_numpy(idx).to(weight.device), cache=part)[0][:, 0]
+        drawn = draw(logits[[i for i, _ in reading]], [row.request for _, row in reading],
+                     [row.chance for _, row in reading])
+        for (i, row), token, logprob in zip(reading, *drawn):
             request = row.request
-            if request.reason:
-                continue
             request.ids.append(token)
             request.logprobs.append(logprob)
             forced = request.tool(request.ids) if request.tool else []
+            forced = forced[:max(0, request.max_new_tokens - len(request.ids))]
             request.ids += forced
             request.logprobs += [None] * len(forced)
             if token in request.end:
@@ -310,6 +317,8 @@ def decode(model, requests, rows):
                 source = None
             if not request:
                 break
+            if not request.prompt:
+                raise ValueError('a request needs a prompt of at least one token')
             cache.cut(len(live), [])
             live.append(SimpleNamespace(
                 request=request, pending=request.prompt[-window:], held=0, whole=True,
@@ -325,9 +334,9 @@ def decode(model, requests, rows):
                 cache.copy_row(twin, i, len(read))
                 cache.cut(i, read)
                 row.pending, row.held = [last], len(read)
-            while len(row.pending) > 1:
+            if len(row.pending) > 1:
                 yield from step(i, i + 1)
-        if any(row.pending for row in live):
+        if any(len(row.pending) == 1 for row in live):
             yield from step(0, len(live) if weight.device.type == 'cpu' else rows)
 
 
@@ -343,20 +352,22 @@ def generate(model, prompts, max_new_tokens, seed=0, **how):
 def is_taught(checkpoint):
     """Whether one of the stages that made this model was about conversations."""
     return any(entry.get('stage', 'pretrain') not in ('pretrain', 'finetune')
-               for entry in checkpoint['lineage'])
+               for entry in checkpoint.get('lineage', []))
 
 
 def fit(tokenizer, turns, room):
     """
     turns: lists of ids, the first one the system's or empty -> prompt of at most room ids, number
-    of turns left out: the oldest first, never the system's nor the last one (whose end is kept).
+    of turns left out. The oldest go first, a question with its answer; of the last one alone, if it
+    is too long, the end is kept.
     """
-    system, rest = turns[0], turns[1:]
-    kept = len(rest)
-    while kept > 2 and 2 + len(system) + sum(map(len, rest[-kept:])) > room:
-        kept -= 2       # a question and its answer
     begin, reply = (tokenizer.special[name] for name in ('<|endoftext|>', '<|assistant|>'))
-    return [begin, *system, *sum(rest[-kept:], []), reply][-room:], len(rest) - kept
+    head, rest = [begin, *turns[0]][:room // 2], turns[1:]
+    kept = len(rest)
+    while kept > 2 and len(head) + 1 + sum(map(len, rest[-kept:])) > room:
+        kept -= 2
+    tail = sum(rest[-kept:], [])[-(room - len(head) - 1):]
+    return [*head, *tail, reply], len(rest) - kept
 
 
 def talk(model, tokenizer, taught):
@@ -372,17 +383,18 @@ def talk(model, tokenizer, taught):
             line = input('\n> ')
             if line == '/clear':
                 turns = [turns[0]]
-            elif line.startswith('/system'):
+            elif line.startswith('/system') and taught:
                 said = {'role': 'system', 'content': line[7:].strip()}
                 turns = [tokenizer.render([said])[0][1:] if said['content'] else []]
             elif line and taught:
-                turns.append(tokenizer.render([{'role': 'user', 'content': line}])[0][1:])
-                prompt, gone = fit(tokenizer, turns, room)
+                question = tokenizer.render([{'role': 'user', 'content': line}])[0][1:]
+                prompt, gone = fit(tokenizer, [*turns, question], room)
                 if gone:
                     print(f'(it no longer sees the first {gone} messages: its window is full)')
                 ids = speak(model, tokenizer, prompt, next(chances), (end, tokenizer.end),
                             calculator(tokenizer))
-                turns.append([prompt[-1], *ids] + [end] * (ids[-1:] != [end]))
+                if ids:
+                    turns += [question, [prompt[-1], *ids] + [end] * (ids[-1:] != [end])]
             elif line:
                 speak(model, tokenizer, tokenizer.encode(line), next(chances), (tokenizer.end,))
         except ValueError as error:     # a character that the model never saw
@@ -408,7 +420,7 @@ def speak(model, tokenizer, prompt, chance, ends, tool=None):
     except KeyboardInterrupt:
         print(' (stopped)', end='')
     print()
-    return requests[0].ids
+    return [] if len(requests) > 1 else requests[0].ids     # of several, none was chosen
 
 
 def elect(requests, tokenizer):
@@ -439,9 +451,15 @@ def served(model, tokenizer, checkpoint, name):
         return ids or [tokenizer.end or 0]
 
     def conversation(messages):
-        if taught:
-            return tokenizer.render(messages, reply=True)[0]
-        return encode('\n'.join(message['content'] for message in messages))
+        """Half of the window is for the answer; what does not fit in the other is left out."""
+        for message in messages:    # what people saw of a call may have signs that it never saw
+            if message['role'] == 'assistant':
+                message['content'] = tokenizer.known(message['content'])
+        if not taught:
+            return encode('\n'.join(message['content'] for message in messages))[-window // 2:]
+        system = messages[0]['role'] == 'system'
+        turns = [tokenizer.render([message])[0][1:] for message in messages]
+        return fit(tokenizer, turns if system else [[], *turns], window - window // 2)[0]
 
     def request(prompt, most, fields, seed, chat):
         tool = calculator(tokenizer) if chat and taught else None
@@ -449,16 +467,17 @@ def served(model, tokenizer, checkpoint, name):
                        tuple(ends), tool)
 
     @torch.inference_mode()
-    def logprobs(request, echo, top, chat):
+    def logprobs(prompt, written, echo, top, chat):
         """Of each token under the model itself (temperature 1), in OpenAI's two shapes."""
-        ids, scores = request.prompt + request.ids, []
+        ids, scores = prompt + written, []
         seen = torch.tensor([ids[-window - 1:-1]], device=model.transformer.wte.weight.device)
         if seen.numel():
             scores = model(seen)[0][0].float().log_softmax(1).cpu()
         rows = [None] * (len(ids) - len(scores)) + list(scores)     # the first token has no score
-        first = 0 if echo else len(request.prompt)
+        first = 0 if echo else len(prompt)
         tokens = [tokenizer.decode([i]) for i in ids[first:]]
         values = [row if row is None else row[i].item() for i, row in zip(ids, rows)][first:]
+        top = min(top, model.config.vocab_size)
         best = [{} if row is None else {tokenizer.decode([i]): row[i].item() for i
                                         in row.topk(top)[1].tolist()} for row in rows[first:]]
         if not chat:
@@ -549,7 +568,7 @@ def main():
     configure(globals())
     torch.set_float32_matmul_precision('high')
     in_range = {'num_samples': num_samples > 0, 'max_new_tokens': max_new_tokens > 0,
-                'seed': seed >= 0, 'temperature': temperature >= 0, 'top_k': top_k >= 0,
+                'seed': seed >= 0, 'temperature': temperature >= 0, 'top_k': 0 <= top_k < 2 ** 31,
                 'top_p': 0 < top_p <= 1, 'rows': rows > 0, 'queue_limit': queue_limit > 0,
                 'port': 0 <= port < 65536, 'votes': votes > 0, 'quantize': quantize in ('', 'int8')}
     for name, good in in_range.items():

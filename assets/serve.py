@@ -8,7 +8,6 @@ import collections
 import contextlib
 import json
 import queue
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from data.tokenizer import Voice
 PAGE = Path(__file__).with_name('chat.html')
 MOST_BYTES = 2 ** 20        # of a request's body
 MOST_SECONDS = 30           # for a client to send what it announced, or to take what it asked for
+MOST_CLIENTS = 256          # connected at a time
 
 # What each field must be; None is always allowed and means the default.
 FIELDS = {
@@ -39,7 +39,7 @@ class Refusal(Exception):
 
     def __init__(self, message, status=400, param=None):
         super().__init__(message)
-        kind = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}.get(
+        kind = {403: 'permission_error', 429: 'rate_limit_error'}.get(
             status, 'invalid_request_error' if status < 500 else 'server_error')
         self.status = status
         self.body = {'error': {'message': message, 'type': kind, 'param': param, 'code': None}}
@@ -156,10 +156,13 @@ class Desk:
     def __init__(self, decode, limit):
         self.decode, self.limit = decode, limit     # an iterator of Requests -> those at work
         self.waiting, self.live, self.changed = collections.deque(), [], threading.Condition()
+        self.scoring = threading.Lock()     # one text at a time: it takes memory
         self.open = True
 
     def put(self, requests):
         with self.changed:
+            for request in [request for request in self.waiting if request.cancelled]:
+                self.waiting.remove(request)
             if len(self.waiting) + len(requests) > self.limit:
                 raise Refusal('too many requests are waiting; try again soon', 429)
             self.waiting.extend(requests)
@@ -174,9 +177,11 @@ class Desk:
 
     def source(self):
         while self.open:
-            request = self.waiting.popleft() if self.waiting else None
+            with self.changed:
+                request = self.waiting.popleft() if self.waiting else None
+                if request and not request.cancelled:
+                    self.live.append(request)
             if request is None or not request.cancelled:
-                self.live += [request] if request else []
                 yield request
 
     def run(self):
@@ -195,10 +200,13 @@ class Desk:
                     request.news.put(request)
             except Exception as error:
                 print(f'decoding failed: {type(error).__name__}: {error}', file=sys.stderr)
-                for request in self.live:
+                with self.changed:
+                    lost, self.live = [*self.live, *self.waiting], []
+                    self.waiting.clear()
+                for request in lost:
                     request.reason = 'error'
                     request.news.put(request)
-            self.live = []
+                time.sleep(0.1)     # if it fails at once and always, let it not spin
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -275,12 +283,21 @@ class Handler(BaseHTTPRequestHandler):
         size = self.headers.get('Content-Length', '')
         if not (size.isascii() and size.isdigit()):
             raise Refusal('a Content-Length is needed', 411)
-        if int(size) > MOST_BYTES:
+        size = int(size) if len(size) < 10 else 10 ** 9
+        body = self.take(min(size, 4 * MOST_BYTES))     # one that is answered unread sees no answer
+        if size > MOST_BYTES:
             raise Refusal(f'the body is larger than {MOST_BYTES} bytes', 413)
-        body = self.rfile.read(int(size))
-        if len(body) < int(size):
-            raise ConnectionError('it left before it had sent its body')
         self.answer(read(body, paths[self.path]), paths[self.path])
+
+    def take(self, size):
+        """-> so many bytes of the body. ConnectionError if they do not come in time."""
+        pieces, left, deadline = [], size, time.monotonic() + self.timeout
+        while left:
+            pieces.append(self.rfile.read1(left))
+            left -= len(pieces[-1])
+            if not pieces[-1] or time.monotonic() > deadline:
+                raise ConnectionError('it left, or is too slow, before it had sent its body')
+        return b''.join(pieces)
 
     def answer(self, fields, chat):
         model, news = self.model, queue.SimpleQueue()
@@ -297,7 +314,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal('echo and logprobs are not given in a stream')
         most = fields['max_completion_tokens'] or fields['max_tokens']
         if most is None:
-            most = max(1, model.window - len(prompts[0])) if chat else 16
+            most = max(1, model.window - len(prompts[0])) if chat and model.taught else (
+                model.window // 2 if chat else 16)
         if len(prompts) * fields['n'] > self.desk.limit:
             raise Refusal(f'more than {self.desk.limit} answers at once')
         first = fields['seed'] if fields['seed'] is not None else time.time_ns() % 2 ** 32
@@ -305,6 +323,7 @@ class Handler(BaseHTTPRequestHandler):
                     for prompt in prompts for i in range(fields['n'])]
         for request in requests:
             request.news, request.voice = news, Voice(model.tokenizer, fields['stop'])
+            request.final = []
             if most == 0:       # to score a prompt
                 request.reason = 'length'
         self.desk.put([request for request in requests if not request.reason])
@@ -331,6 +350,7 @@ class Handler(BaseHTTPRequestHandler):
             piece = request.voice.hear(list(request.ids), last=ended)
             if ended or request.voice.stopped:
                 request.cancelled = True
+                request.final = list(request.ids)[:request.voice.seen]  # the loop may be ahead
                 left.remove(request)
             yield request, piece
 
@@ -338,8 +358,9 @@ class Handler(BaseHTTPRequestHandler):
         """Raise ConnectionError once the client has gone, so that its row is freed."""
         try:
             self.connection.setblocking(False)
-            if self.connection.recv(1, socket.MSG_PEEK) == b'':
+            if self.connection.recv(4096) == b'':
                 raise ConnectionError('it left')
+            self.close_connection = True    # it talks while it is answered: what it says is lost
         except BlockingIOError:
             pass
         finally:
@@ -361,10 +382,12 @@ class Handler(BaseHTTPRequestHandler):
             logprobs = None
             if fields['logprobs'] is not None:
                 top = fields['logprobs']
-                logprobs = self.model.logprobs(request, fields['echo'], top, chat)
+                with self.desk.scoring:
+                    logprobs = self.model.logprobs(request.prompt, request.final, fields['echo'],
+                                                   top, chat)
             choices.append(reply.choice(i, text, self.finish_of(request), logprobs))
         read = sum(len(request.prompt) for request in requests[::fields['n']])
-        self.send(200, reply.body(choices, read, sum(len(request.ids) for request in requests)))
+        self.send(200, reply.body(choices, read, sum(len(request.final) for request in requests)))
 
     def stream(self, requests, news, fields, chat):
         reply = Reply(self.model.name, chat, stream=True)
@@ -380,7 +403,7 @@ class Handler(BaseHTTPRequestHandler):
                 choice = reply.choice(requests.index(request), piece, reason)
                 self.wfile.write(event(reply.body([choice])))
         if (fields['stream_options'] or {}).get('include_usage'):
-            written = sum(len(request.ids) for request in requests)
+            written = sum(len(request.final) for request in requests)
             read = sum(len(request.prompt) for request in requests[::fields['n']])
             self.wfile.write(event(reply.body([], read, written)))
         self.wfile.write(b'data: [DONE]\n\n')
@@ -400,7 +423,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, model, decode, host, port, limit):
         self.desk = Desk(decode, limit)
-        model.local = host in ('127.0.0.1', 'localhost', '::1')
+        model.local = host in ('127.0.0.1', 'localhost')
         super().__init__((host, port), type('', (Handler,), {'model': model, 'desk': self.desk}))
         self.threads = []
         for work in self.desk.run, self.serve_forever:
@@ -413,6 +436,9 @@ class Server(ThreadingHTTPServer):
         for thread in self.threads:
             thread.join()
         self.server_close()
+
+    def verify_request(self, request, client_address):
+        return threading.active_count() < MOST_CLIENTS
 
     def handle_error(self, request, client_address):
         pass    # a connection that broke: the others do not care

@@ -7,6 +7,7 @@ What a model writes is parsed, never evaluated: a few kinds of nodes, numbers of
 import ast
 import operator
 import warnings
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 
 LENGTH, DIGITS = 200, 30    # of an expression, in characters; of a number
@@ -30,7 +31,7 @@ def value(node):
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             result = Fraction(str(number))      # 0.1 is a tenth, not the float next to it
         case ast.BinOp(left, op, right) if type(op) in OPERATIONS:
-            result = OPERATIONS[type(op)](value(left), value(right))
+            result = Fraction(OPERATIONS[type(op)](value(left), value(right)))
         case ast.UnaryOp(op, operand) if type(op) in OPERATIONS:
             result = OPERATIONS[type(op)](value(operand))
         case ast.Call(ast.Attribute(ast.Constant(str() as text), 'count'),
@@ -57,7 +58,11 @@ def calculate(expression):
         return f'error: {error}'
     except (SyntaxError, MemoryError, RecursionError):
         return 'error: not an expression'
-    return str(result) if result.denominator == 1 else f'{float(result):.10g}'
+    with localcontext(prec=3 * DIGITS):
+        exact = Decimal(result.numerator) / result.denominator
+        if exact * result.denominator != result.numerator:      # it never ends
+            exact = exact.normalize(Context(prec=10))
+        return f'{exact.normalize():f}'
 
 
 def calculator(tokenizer):

@@ -122,7 +122,9 @@ def test_a_full_context_leaves_out_the_oldest_turns_but_not_the_system():
     assert fit(LETTERS, turns, 100) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
     assert fit(LETTERS, turns, 33) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
     assert fit(LETTERS, turns, 32) == ([begin, 90] + [3] * 10 + [assistant], 2)
-    assert fit(LETTERS, turns, 5) == ([3] * 4 + [assistant], 2)
+    assert fit(LETTERS, turns, 6) == ([begin, 90] + [3] * 3 + [assistant], 2)
+    both = [begin] + [90] * 9 + [3] * 9 + [assistant]
+    assert fit(LETTERS, [[90] * 50, [3] * 50], 20) == (both, 0)
 
 
 def test_only_stages_of_conversation_teach_to_chat():
@@ -234,3 +236,23 @@ def test_most_votes_win(capsys):
 def test_votes_in_a_talk(monkeypatch, capsys):
     monkeypatch.setattr(sample, 'votes', 3)
     assert 'of 3 answers say' in converse(monkeypatch, capsys, ['be'])
+
+
+def test_ctrl_c_among_votes_leaves_no_answer_that_nobody_saw(monkeypatch, capsys):
+    monkeypatch.setattr(sample, 'votes', 3)
+    prompts = []
+
+    def stopped(model, requests, rows):
+        prompts.append(requests[0].prompt)
+        yield requests[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, 'decode', stopped)
+    converse(monkeypatch, capsys, ['be', 'or'])
+    assert LETTERS.decode(prompts[1]).count('<|user|>') == 1
+
+
+def test_a_model_of_nanogpt_talks_too(monkeypatch, capsys):
+    assert not is_taught({})
+    text = converse(monkeypatch, capsys, ['/system be', 'to'], taught=False)
+    assert 'never taught' in text

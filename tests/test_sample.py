@@ -155,6 +155,14 @@ def test_samples_of_one_prompt_share_its_prefill(model):
     assert generate(model, [prompt] * 2, 3, seed=4)[1] == generate(model, [prompt], 3, seed=5)[0]
 
 
+def test_a_prompt_is_not_shared_once_its_window_has_slid(model):
+    prompt = [5, 6, 7, 8, 9]
+    requests = [Request(prompt, 60), Request([1], 35), Request(prompt, 15, seed=8)]
+    for _ in decode(model, requests, 2):
+        pass
+    assert requests[2].ids == generate(model, [prompt], 15, seed=8)[0]
+
+
 def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(model):
     requests = [
         Request([3, 1, 4, 1, 5], 12, seed=8),

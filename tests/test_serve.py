@@ -255,6 +255,48 @@ def test_fifty_clients_at_once_get_each_their_own_answer(server, model):
         assert status == 200 and reply['choices'][0]['text'] == heard(request.ids)
 
 
+def test_a_temperature_next_to_zero_is_greedy(server):
+    body = {'prompt': 'to be', 'max_tokens': 8}
+    texts = [post(server, body={**body, 'temperature': t, 'top_p': p})[1]['choices'][0]['text']
+             for t, p in ((0, 1), (1e-38, 1), (1e-45, 1), (1, 1e-6))]  # fmt: skip
+    assert len(set(texts)) == 1
+
+
+def test_a_talk_that_fills_the_window_goes_on(server):
+    messages = [{'role': 'system', 'content': 'be'}]
+    for _ in range(12):
+        messages.append({'role': 'user', 'content': 'to be or not to be'})
+        status, reply = post(server, '/v1/chat/completions', {'messages': messages})
+        assert status == 200
+        messages.append({'role': 'assistant', 'content': reply['choices'][0]['message']['content']})
+
+
+def test_requests_of_a_client_that_left_do_not_fill_the_queue(model):
+    with start(model, limit=3, rows=1, slow=0.05) as server:
+        body = json.dumps({'prompt': 'to', 'max_tokens': 400, 'n': 3}).encode()
+        with socket.create_connection(('127.0.0.1', server.server_port)) as s:
+            s.sendall(
+                b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n'
+                b'Content-Type: application/json\r\n'
+                b'Content-Length: %d\r\n\r\n%s' % (len(body), body)
+            )
+            deadline = time.monotonic() + 20
+            while not server.desk.live:
+                assert time.monotonic() < deadline
+        time.sleep(1.2)
+        assert post(server, body={'prompt': 'be', 'max_tokens': 2})[0] == 200
+
+
+def test_a_loop_that_always_fails_says_so_and_does_not_spin(model, capsys):
+    def broken(source):
+        raise MemoryError('no room')
+        yield
+
+    with Server(served(model, LETTERS, TAUGHT, 'x'), broken, '127.0.0.1', 0, 9) as server:
+        assert post(server, body={'prompt': 'to'})[0] == 500
+    assert capsys.readouterr().err.count('decoding failed') < 50
+
+
 def test_a_queue_that_is_full_says_429_and_goes_on(model):
     with start(model, limit=3, rows=1, slow=0.05) as server:
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
