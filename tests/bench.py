@@ -145,26 +145,35 @@ def batch():
 
 
 def mixed():
-    """256 requests for 10 to 200 tokens: refilled rows, batches that wait, one by one."""
+    """256 requests for 10 to 200 tokens: refilled rows, batches of 32, one by one."""
     model, rng = build(CHAR), np.random.default_rng(0)
     asked = rng.integers(10, 201, 256).tolist()
     prompts = [rng.integers(0, 65, rng.integers(1, 40)).tolist() for _ in asked]
 
-    def seconds(size, rows):
-        """Of all requests, given to the loop in groups of a size that wait for each other."""
-        requests = [Request(p, n, seed=i) for i, (p, n) in enumerate(zip(prompts, asked))]
-        began = time.perf_counter()
+    def seconds(size, rows, wait=False):
+        """Of all requests, in groups that wait for each other; wait: with all rows to the end."""
+        took = 0.0
         for first in range(0, 256, size):
-            for _ in decode(model, requests[first : first + size], rows):
+            longest = max(asked[first : first + size])
+            group = [
+                Request(prompts[i], longest if wait else asked[i], seed=i)
+                for i in range(first, min(first + size, 256))
+            ]
+            began = time.perf_counter()
+            for _ in decode(model, group, rows):
                 pass
-        return time.perf_counter() - began
+            took += time.perf_counter() - began
+        return took
 
     seconds(256, 32)
-    loop, waiting, alone = seconds(256, 32), seconds(32, 32), seconds(1, 1)
+    loop, batches = seconds(256, 32), seconds(32, 32, wait=True)
+    shrinking, alone = seconds(32, 32), seconds(1, 1)
     print(
         f'256 requests, {sum(asked)} tokens: {sum(asked) / loop:.0f} tokens/s in 32 rows; '
-        f'{waiting / loop:.2f} x batches that wait for their longest, '
-        f'{alone / loop:.1f} x one by one'
+        f'{batches / loop:.2f} x batches whose rows all go on until the longest has ended '
+        f'({sum(asked) / batches:.0f}), {shrinking / loop:.2f} x batches that shrink as rows end '
+        f'({sum(asked) / shrinking:.0f}), {alone / loop:.1f} x one by one '
+        f'({sum(asked) / alone:.0f})'
     )
 
 
