@@ -58,7 +58,7 @@ def calculate(expression):
         return f'error: {error}'
     except (SyntaxError, MemoryError, RecursionError):
         return 'error: not an expression'
-    with localcontext(prec=3 * DIGITS):
+    with localcontext(Context(prec=3 * DIGITS)):
         exact = Decimal(result.numerator) / result.denominator
         if exact * result.denominator != result.numerator:      # it never ends
             exact = exact.normalize(Context(prec=10))
