@@ -373,6 +373,7 @@ def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias):
     scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().double()
     dequantized = (weight / scale).round().clamp(-127, 127) * scale
     assert (dequantized - weight).abs().max() <= scale.max() * 0.76  # 1/2, at the ends 1/2 + 1/4
+    assert torch.equal(small.weight.double() * small.scale.double()[:, None], dequantized)
     expected = x.double() @ dequantized.T + (linear.bias.double() if bias else 0)
     torch.testing.assert_close(small(x).double(), expected, atol=0.02, rtol=0.02)
     assert small(x).dtype == dtype and small.weight.dtype == torch.int8

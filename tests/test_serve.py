@@ -1,6 +1,7 @@
 """The web server: the real openai client, streams, faults, load, hostile pages."""
 
 import concurrent.futures
+import dataclasses
 import http.client
 import json
 import os
@@ -30,13 +31,16 @@ def model():
     return tiny(vocab_size=LETTERS.vocab_size, block_size=64)
 
 
-def start(model, checkpoint=TAUGHT, limit=64, rows=4, slow=0.0):
+def start(model, checkpoint=TAUGHT, limit=64, rows=4, slow=0.0, endless=False):
     def work(source):
         for request in decode(model, source, rows):
             time.sleep(slow)
             yield request
 
     known = served(model, LETTERS, checkpoint, 'tiny')
+    if endless:  # no token ends an answer
+        make = known.request
+        known.request = lambda *how: dataclasses.replace(make(*how), end=())
     return Server(known, work, '127.0.0.1', 0, limit)
 
 
@@ -272,7 +276,7 @@ def test_a_talk_that_fills_the_window_goes_on(server):
 
 
 def test_requests_of_a_client_that_left_do_not_fill_the_queue(model):
-    with start(model, limit=3, rows=1, slow=0.05) as server:
+    with start(model, limit=3, rows=1, slow=0.05, endless=True) as server:
         body = json.dumps({'prompt': 'to', 'max_tokens': 400, 'n': 3}).encode()
         with socket.create_connection(('127.0.0.1', server.server_port)) as s:
             s.sendall(
@@ -308,7 +312,7 @@ def test_a_queue_that_is_full_says_429_and_goes_on(model):
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_a_client_that_leaves_frees_its_row(model, stream):
-    with start(model, rows=1, slow=0.05) as server:
+    with start(model, rows=1, slow=0.05, endless=True) as server:
         body = json.dumps({'prompt': 'to', 'max_tokens': 5000, 'stream': stream}).encode()
         with socket.create_connection(('127.0.0.1', server.server_port)) as s:
             s.sendall(
