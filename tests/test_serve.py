@@ -69,6 +69,18 @@ def post(server, path='/v1/completions', body=None, headers=None, raw=None):
     return reply.status, json.loads(text) if text.startswith('{') else text
 
 
+def ask_by_hand(connection, server, body):
+    """Send a completion's body without waiting for the answer; return once it is being written."""
+    connection.sendall(
+        b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n'
+        b'Content-Type: application/json\r\n'
+        b'Content-Length: %d\r\n\r\n%s' % (len(body), body)
+    )
+    deadline = time.monotonic() + 20
+    while not server.desk.live:
+        assert time.monotonic() < deadline
+
+
 def heard(ids):
     return Voice(LETTERS).hear(ids, last=True)
 
@@ -279,14 +291,7 @@ def test_requests_of_a_client_that_left_do_not_fill_the_queue(model):
     with start(model, limit=3, rows=1, slow=0.05, endless=True) as server:
         body = json.dumps({'prompt': 'to', 'max_tokens': 400, 'n': 3}).encode()
         with socket.create_connection(('127.0.0.1', server.server_port)) as s:
-            s.sendall(
-                b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n'
-                b'Content-Type: application/json\r\n'
-                b'Content-Length: %d\r\n\r\n%s' % (len(body), body)
-            )
-            deadline = time.monotonic() + 20
-            while not server.desk.live:
-                assert time.monotonic() < deadline
+            ask_by_hand(s, server, body)
         time.sleep(1.2)
         assert post(server, body={'prompt': 'be', 'max_tokens': 2})[0] == 200
 
@@ -315,14 +320,7 @@ def test_a_client_that_leaves_frees_its_row(model, stream):
     with start(model, rows=1, slow=0.05, endless=True) as server:
         body = json.dumps({'prompt': 'to', 'max_tokens': 5000, 'stream': stream}).encode()
         with socket.create_connection(('127.0.0.1', server.server_port)) as s:
-            s.sendall(
-                b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n'
-                b'Content-Type: application/json\r\n'
-                b'Content-Length: %d\r\n\r\n%s' % (len(body), body)
-            )
-            deadline = time.monotonic() + 20
-            while not server.desk.live:
-                assert time.monotonic() < deadline
+            ask_by_hand(s, server, body)
         began = time.monotonic()
         assert post(server, body={'prompt': 'be', 'max_tokens': 2})[0] == 200
         assert time.monotonic() - began < 5
