@@ -14,7 +14,10 @@ COMMANDS = sorted({command.strip() for command in FOUND if '--help' not in comma
 NANOGPT = """
 train.py config/train_shakespeare_char.py
 sample.py --out_dir=out-shakespeare-char
-train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
+train.py config/train_shakespeare_char.py --device=cpu --compile=False \
+--eval_iters=20 --log_interval=1 \
+--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 \
+--lr_decay_iters=2000 --dropout=0.0
 sample.py --out_dir=out-shakespeare-char --device=cpu
 train.py config/train_gpt2.py
 train.py config/eval_gpt2.py
@@ -23,9 +26,10 @@ train.py config/eval_gpt2_large.py
 train.py config/eval_gpt2_xl.py
 train.py config/finetune_shakespeare.py
 sample.py --out_dir=out-shakespeare
-sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" --num_samples=5 --max_new_tokens=100
+sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" \
+--num_samples=5 --max_new_tokens=100
 sample.py --start=FILE:prompt.txt
-""".strip().splitlines()  # noqa: E501
+""".strip().splitlines()
 
 
 @pytest.mark.parametrize('command', COMMANDS + NANOGPT)
