@@ -10,7 +10,7 @@ V vocabulary, S keys in sight.
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class GPTConfig:
     activation: str = 'relu2'  # relu2 (arXiv:2109.08668), gelu or gelu_tanh (OpenAI's GPT-2)
     tied: bool = False         # one table for the embedding and the head
     zero_init: bool = True     # projections into the residual stream, and the head, start at zero
+    x0: bool = True            # each block sees the embedding again, as much as it learns to want
     ngrams: int = 1            # embed the last 2 .. ngrams tokens too (arXiv:2501.16975), hashed
     ngram_rows: int = 32768    # into a table of so many rows
     vocab_multiple: int = 64   # the tables' rows are rounded up: matrix products like round sizes
@@ -70,7 +71,7 @@ CHOICES = {'norm': ('rms', 'layer'), 'position': ('rope', 'learned'),
            'activation': tuple(ACTIVATIONS)}
 # What turns the modern default into GPT-2 (nanoGPT's; OpenAI's weights want gelu_tanh).
 GPT2 = dict(bias=True, norm='layer', position='learned', qk_norm=False, activation='gelu',
-            tied=True, zero_init=False, vocab_multiple=1)
+            tied=True, zero_init=False, x0=False, vocab_multiple=1)
 GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
               'gpt2-xl': (48, 25, 1600)}    # n_layer, n_head, n_embd
 
@@ -223,6 +224,9 @@ class GPT(nn.Module):
             parts['ngram'] = nn.Embedding(config.ngram_rows, config.n_embd)
         parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer = nn.ModuleDict(parts | {'ln_f': make_norm(config)})
+        if config.x0:
+            self.keep = nn.Parameter(torch.ones(config.n_layer))
+            self.again = nn.Parameter(torch.zeros(config.n_layer))
         self.lm_head = nn.Linear(config.n_embd, config.rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
@@ -263,9 +267,9 @@ class GPT(nn.Module):
         """
         idx: (B, T) token ids -> logits, loss.
 
-        Training: targets (B, T), -1 where a token is not in play; weights (B, T), 1 if None. Logits
-        are (B, T, V); the loss is the SUM of weight * -log p(target) over the tokens in play, so
-        that whoever adds up several batches divides once.
+        Training: targets (B, T), -1 where a token is not in play, or (B, T, K), several for each;
+        weights of their shape, 1 if None. Logits are (B, T, V); the loss is the SUM of weight *
+        -log p(target) over what is in play, so that whoever adds up several batches divides once.
         Decoding: with a cache, each row of idx goes on where its row of the cache stands, and moves
         it along. Rows of different lengths are padded at the right with -1. Logits are (B, 1, V),
         of each row's last token. Raises ValueError for more than block_size tokens (CPU).
@@ -282,7 +286,10 @@ class GPT(nn.Module):
         if self.config.norm == 'rms':
             x = rms_norm(x)     # the embedding starts small: so it learns fast
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
+        x0 = x
+        for i, block in enumerate(self.transformer.h):
+            if self.config.x0:      # as in github.com/KellerJordan/modded-nanogpt
+                x = self.keep[i] * x + self.again[i] * x0
             x = block(x, rope, cache)
         if cache is not None:
             last = torch.arange(tail.shape[1], device=idx.device) + cache.lengths[:, None]
@@ -292,11 +299,15 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                   ignore_index=-1, reduction='none')
+            if targets.dim() == 2:
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                       ignore_index=-1, reduction='none').view(targets.shape)
+            else:
+                loss = -logits.float().log_softmax(-1).gather(2, targets.clamp(min=0))
+            in_play = targets >= 0
             if weights is not None:     # whatever w is, a token not in play changes nothing
-                loss = loss * weights.where(targets >= 0, 0).flatten()
-            loss = loss.sum()
+                in_play = weights.where(in_play, 0)
+            loss = (loss * in_play).sum()
         return logits[..., :self.config.vocab_size], loss
 
     def flops_per_token(self, T=None):
@@ -346,6 +357,20 @@ class GPT(nn.Module):
                 weights['transformer.' + name] = p.t() if name[0] == 'h' and p.dim() == 2 else p
         model.load_state_dict(weights | {'lm_head.weight': weights['transformer.wte.weight']})
         return model
+
+
+@torch.no_grad()
+def widened(model, vocab_size):
+    """-> the same model with room for more tokens; each begins as the mean of those there are."""
+    known, weights = model.config.vocab_size, model.state_dict()
+    wider = GPT(replace(model.config, vocab_size=vocab_size))
+    for name, rows in wider.state_dict().items():
+        old = weights[name]
+        if name in ('transformer.wte.weight', 'lm_head.weight'):
+            rows[:known], rows[known:] = old[:known], old[:known].mean(0)
+        else:
+            rows.copy_(old)
+    return wider
 
 
 def orthogonalize(X, steps=5):

@@ -6,6 +6,7 @@ qk_norm = False
 activation = 'gelu'
 tied = True
 zero_init = False
+x0 = False
 n_head = 12
 ngrams = 1
 vocab_multiple = 64     # 50257 would be slow: a matrix product likes round sizes

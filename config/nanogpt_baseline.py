@@ -7,6 +7,7 @@ qk_norm = False
 activation = 'gelu'
 tied = True
 zero_init = False
+x0 = False
 vocab_multiple = 1      # nanoGPT does not pad a table of characters
 n_layer = 4
 n_head = 4

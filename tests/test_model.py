@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, tiny
 from torch.nn import functional as F
 
-from model import GPT, GPT2, GPTConfig, KVCache, Muon, orthogonalize, rotary, rotate
+from model import GPT, GPT2, GPTConfig, KVCache, Muon, orthogonalize, rotary, rotate, widened
 from sample import load_model
 
 
@@ -303,3 +303,15 @@ def test_the_two_families_differ_in_what_the_table_says():
     assert 'transformer.wpe.weight' in names['GPT-2'] - names['modern']
     assert 'lm_head.weight' in names['modern'] - names['GPT-2']
     assert json.dumps(GPT2)  # plain values: it travels in checkpoints
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_widened_model_says_the_same_of_the_tokens_it_knew(family):
+    model = tiny(**{**FAMILIES[family], 'vocab_size': 50})
+    wider = widened(model, 57).eval()
+    idx = torch.randint(50, (2, 9))
+    old, new = model(idx)[0], wider(idx)[0]
+    assert new.shape == (2, 9, 57)
+    torch.testing.assert_close(new[..., :50], old)
+    torch.testing.assert_close(new[..., 50:], old.mean(-1, keepdim=True).expand(-1, -1, 7))
+    assert (wider.lm_head.weight is wider.transformer.wte.weight) == model.config.tied
