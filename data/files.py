@@ -6,11 +6,14 @@ of which type and vocabulary. A nanoGPT folder works as it is: no meta.json mean
 the characters in its meta.pkl.
 """
 import hashlib
-import importlib
+import importlib.util
+import itertools
 import json
 import math
 import os
 import pickle
+import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,7 @@ def write(path, put):
     """Let put(file) write under a temporary name, flush, rename: path is never half-written."""
     path, temporary = Path(path), Path(path).with_suffix(f'.{os.getpid()}.tmp')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
             put(file)
             file.flush()
@@ -63,6 +67,47 @@ def write_tokens(folder, tokenizer, source, **splits):
     for split, array in sorted(arrays.items(), reverse=True):   # train.bin last: then all is there
         write(Path(folder) / f'{split}.bin', array.tofile)
         print(f'{split} has {len(array):,} tokens')
+
+
+def write_texts(folder, tokenizer, source, **splits):
+    """The same for texts as (ids, in play); {split}.mask.bin has 1 for a token in play."""
+    for split, texts in splits.items():
+        if not texts:
+            raise ValueError(f'{source}: no conversations for {split}')
+        mask = np.concatenate([np.asarray(in_play, np.uint8) for _, in_play in texts])
+        write(Path(folder) / f'{split}.mask.bin', mask.tofile)
+    write_tokens(folder, tokenizer, source, **{
+        split: np.concatenate([np.asarray(ids) for ids, _ in texts])
+        for split, texts in splits.items()})
+
+
+def write_conversations(folder, tokenizer, source, **splits):
+    """The same for lists of conversations: lists of messages, see Tokenizer.render."""
+    write_texts(folder, tokenizer, source, **{split: list(map(tokenizer.render, conversations))
+                                              for split, conversations in splits.items()})
+
+
+def write_questions(folder, tokenizer, source, conversation, **splits):
+    """
+    Write a task's questions (lists of dicts) for questions_of(), and their conversations. One in 20
+    to train on is kept for validation, so that the test's choose nothing.
+    """
+    train = splits['train']
+    splits.update(train=[q for i, q in enumerate(train) if i % 20 or len(train) < 20],
+                  val=train[::20])
+    text = json.dumps(splits).encode()
+    write(Path(folder) / 'questions.json', lambda file: file.write(text))
+    write_conversations(folder, tokenizer, source, train=map(conversation, splits['train']),
+                        val=map(conversation, splits['val']))
+
+
+def questions_of(folder, split, seed=0):
+    """Yields what was written: those to train on without end, by seed, the others in their order"""
+    known = json.loads((Path(folder) / 'questions.json').read_text(encoding='utf-8'))[split]
+    if split != 'train':
+        yield from known
+    for epoch in itertools.count() if split == 'train' else ():
+        yield from random.Random(f'{seed} {epoch}').sample(known, len(known))
 
 
 def write_meta(folder, tokenizer, source, dtype, counts, sha256):
@@ -105,29 +150,80 @@ def is_ready(folder):
     return shards or (Path(folder) / 'train.bin').exists()
 
 
-def find(names, prepare=True):
+def mixture_of(dataset):
+    """'a:0.8,b:0.2' -> {data/a: 0.8, data/b: 0.2}, 'a' -> {data/a: 1.0}. ValueError if neither."""
+    parts = {}
+    for part in dataset.split(','):
+        name, _, share = part.strip().rpartition(':')
+        try:
+            parts[DATA / name if name else DATA / share] = float(share) if name else 1.0
+        except ValueError:
+            raise ValueError(f'--dataset={dataset}: a mixture is written a:0.8,b:0.2') from None
+    if not all(0 < share <= 1e6 for share in parts.values()):
+        raise ValueError(f'--dataset={dataset}: a share is a number above 0')
+    return parts
+
+
+def find(datasets, prepare=True):
     """
-    Prepare the first of these data sets that can be had, if it is not there yet and small (large
-    ones are prepared by hand). -> what is wrong with those before it. ValueError if there is none.
+    Prepare the first of these data sets (or mixtures) that can be had, if it is not there yet and
+    small (large ones are prepared by hand). -> its name, or the first one's in a dry run, and what
+    is wrong with those before it. ValueError if there is none.
     """
     problems = []
-    for name in names:
-        folder = DATA / name
-        if not folder.is_dir():
-            there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
-            raise ValueError(f'--dataset={name}: there is no data/{name}; there are: {there}')
-        why = f'python data/{name}/prepare.py'
-        if prepare and not is_ready(folder) and (folder / 'prepare.py').exists():
-            try:
-                getattr(importlib.import_module(f'data.{name}.prepare'), 'prepare', bool)()
-            except (OSError, ValueError) as error:
-                why = str(error)
-        if is_ready(folder):
-            return problems
-        problems.append(f'data/{name}: not there; {why}')
+    for dataset in datasets:
+        wrong = [problem for folder in mixture_of(dataset) if (problem := missing(folder, prepare))]
+        if not wrong:
+            return dataset, problems
+        problems += wrong
     if prepare:
         raise ValueError('; '.join(problems))
-    return problems
+    return datasets[0], problems
+
+
+def missing(folder, prepare):
+    """-> what is wrong with a data set, after an attempt to prepare it; '' if it can be read"""
+    if not folder.is_dir():
+        there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
+        raise ValueError(f'--dataset={folder.name}: there is no data/{folder.name}; '
+                         f'there are: {there}')
+    why = f'python data/{folder.name}/prepare.py'
+    if prepare and not is_ready(folder) and (folder / 'prepare.py').exists():
+        try:
+            prepare = getattr(script_of(folder), 'prepare', None)
+            if prepare:
+                prepare()
+        except (OSError, ValueError, KeyError) as error:
+            why = str(error)
+    return '' if is_ready(folder) else f'data/{folder.name}: not there; {why}'
+
+
+def by_hand(prepare, *args):
+    """Prepare a data set for somebody who asked for it: what is wrong is said in one line."""
+    try:
+        prepare(*args)
+    except KeyError as error:
+        sys.exit(f'the source has no column {error}')
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def script_of(folder):
+    """-> the module folder/prepare.py"""
+    spec = importlib.util.spec_from_file_location(f'data.{folder.name}.prepare',
+                                                  folder / 'prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def task_of(folder):
+    """-> a data set's prepare.py, which must have examples, conversation and reward (ValueError)"""
+    task = script_of(folder) if (folder / 'prepare.py').exists() else None
+    if not all(hasattr(task, name) for name in ('examples', 'conversation', 'reward')):
+        raise ValueError(f'{folder}: not a task; its prepare.py would need examples, conversation '
+                         'and reward')
+    return task
 
 
 def fresh_folder(folder):
@@ -157,7 +253,7 @@ class Tokens:
     """
 
     def __init__(self, folder, split, length=1, vocab_size=None):
-        self.meta = read_meta(folder)
+        self.meta, self.length, self.cut = read_meta(folder), length, 0
         self.vocab_size = vocab_size or self.meta['vocab_size']
         self.dtype = np.dtype(self.meta['dtype'])
         one = Path(folder) / f'{split}.bin'
@@ -195,6 +291,23 @@ class Tokens:
                              f'of {self.vocab_size}; prepare it again')
         return out
 
+    def rows(self, numbers, seed):
+        """Row numbers, counted from a run's start -> x, y: all is in play"""
+        window = self.windows(self.shuffled(numbers, self.length - 1, seed), self.length)
+        return window[:, :-1], window[:, 1:]
+
+    def held_out(self):
+        """-> how many rows hold all of it"""
+        return len(self.cover(self.length - 1)[0])
+
+    def held_out_rows(self, numbers):
+        """-> x, y: every target once"""
+        offsets, repeats = (values[numbers] for values in self.cover(self.length - 1))
+        window = self.windows(offsets, self.length)
+        x, y = window[:, :-1], window[:, 1:].copy()
+        y[np.arange(self.length - 1) < repeats[:, None]] = -1
+        return x, y
+
     def shuffled(self, rows, length, seed):
         """Row numbers, counted from a run's start -> offsets: in an epoch each window once."""
         windows = max(1, (len(self) - 1) // length - 1)     # one less, to have room for a phase
@@ -208,18 +321,13 @@ class Tokens:
             offsets[here] = (stride * (rows[here] % windows) + first) % windows * length + phase
         return offsets
 
-    def cover(self, length, most=0):
+    def cover(self, length):
         """
         -> offsets, repeats: windows of length + 1 whose targets are every token (but each file's
         first) once, if window i leaves out its first repeats[i]: a file's last window slides back.
-        At most so many (0: all), spread over the whole.
         """
         places = [np.arange(0, size - 1, length) for size in self.sizes]
         repeats = [np.maximum(0, place + length + 1 - size)
                    for place, size in zip(places, self.sizes, strict=True)]
         offsets = [place + start for place, start in zip(places, self.starts[:-1], strict=True)]
-        offsets, repeats = np.concatenate(offsets), np.concatenate(repeats)
-        if 0 < most < len(offsets):
-            chosen = np.linspace(0, len(offsets) - 1, most).astype(int)
-            return offsets[chosen], repeats[chosen]
-        return offsets, repeats
+        return np.concatenate(offsets), np.concatenate(repeats)

@@ -6,6 +6,7 @@ What a model writes is parsed, never evaluated: a few kinds of nodes, numbers of
 """
 import ast
 import operator
+import re
 import warnings
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
@@ -63,6 +64,17 @@ def calculate(expression):
         if exact * result.denominator != result.numerator:      # it never ends
             exact = exact.normalize(Context(prec=10))
         return f'{exact.normalize():f}'
+
+
+def calls_in(text):
+    """What people saw of an answer -> its parts for Tokenizer.render, the calls as calls again."""
+    parts, told = [], 0
+    for found in re.finditer(r'\[([^][]+) = ([^][]+)\]', text):
+        if calculate(found[1]) == found[2]:
+            parts += [{'type': 'text', 'text': text[told:found.start()]},
+                      {'type': 'call', 'text': found[1]}, {'type': 'result', 'text': found[2]}]
+            told = found.end()
+    return [*parts, {'type': 'text', 'text': text[told:]}]
 
 
 def calculator(tokenizer):

@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 from conftest import TEXT
 
-from data.tokenizer import Tokenizer
-from data.tools import calculate, calculator
+from data.tokenizer import Tokenizer, Voice
+from data.tools import calculate, calculator, calls_in
 
 
 @pytest.mark.parametrize(
@@ -154,3 +154,26 @@ def test_a_call_is_answered_and_a_malformed_one_gets_an_error_to_read(bpe):
             assert tokenizer.decode(tool(bad)[:-1]).startswith('error: no call')
         nested = written(call, '1+', call, '2+2', result)
         assert tool(nested) == written('4', result)
+
+
+def test_what_people_saw_of_an_answer_becomes_its_calls_again():
+    tokenizer = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
+    talk = [
+        {'role': 'user', 'content': 'what is [1+1 = 2]?'},
+        {
+            'role': 'assistant',
+            'content': [
+                {'type': 'text', 'text': 'It is '},
+                {'type': 'call', 'text': '48/2'},
+                {'type': 'result', 'text': '24'},
+                {'type': 'text', 'text': ', so [a = b] and [1+1 = 3]\n'},
+                {'type': 'call', 'text': '"berry".count("r")'},
+                {'type': 'result', 'text': '2'},
+            ],
+        },
+    ]
+    ids, in_play = tokenizer.render(talk)
+    seen = Voice(tokenizer).hear(ids[in_play.index(1) :], last=True)
+    again = [talk[0], {'role': 'assistant', 'content': calls_in(seen)}]
+    assert tokenizer.render(again) == (ids, in_play)
+    assert calls_in('plain') == [{'type': 'text', 'text': 'plain'}]

@@ -1,0 +1,57 @@
+"""
+ARC (arXiv:1803.05457): science questions with four choices or so, in GPT-2's tokens.
+
+    python data/arc/prepare.py [--challenge=True] [--source=a/folder]   # train.jsonl, test.jsonl
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure  # noqa: E402
+from data.files import by_hand, questions_of, write_questions  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+
+source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
+challenge = False   # ARC-Challenge instead of ARC-Easy
+
+LETTERS = 'ABCDEFGH'
+
+
+def simple(row):
+    """A row of the data set -> {question: with its choices, a line each, answer: a letter}"""
+    texts, labels = row['choices']['text'], row['choices']['label']     # A to D, or 1 to 4
+    lines = [f'{letter}. {text}' for letter, text in zip(LETTERS, texts)]
+    return {'question': '\n'.join([row['question'], *lines]),
+            'answer': LETTERS[labels.index(row['answerKey'])]}
+
+
+def examples(split='train', seed=0, **_):
+    """Yields {question, answer}."""
+    return questions_of(HERE, split, seed)
+
+
+def conversation(example):
+    return [{'role': 'user', 'content': example['question']},
+            {'role': 'assistant', 'content': example['answer']}]
+
+
+def reward(example, answer):
+    """1.0 for the right letter, and nothing else."""
+    return float(answer.strip() == example['answer'])
+
+
+def prepare(source='', folder=HERE):
+    from datasets import load_dataset
+    if source:
+        files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
+        found = load_dataset('json', data_files=files)
+    else:
+        found = load_dataset('allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
+    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'allenai/ai2_arc', conversation,
+                    **{split: list(map(simple, found[split])) for split in ('train', 'test')})
+
+
+if __name__ == '__main__':
+    configure(globals())
+    by_hand(prepare, source)

@@ -1,0 +1,198 @@
+"""
+Our own world of questions, endless and checkable: sums, word problems, spelling, counting letters.
+
+    python data/arithmetic/prepare.py                       # 2,000 worked answers to learn from
+    python data/arithmetic/prepare.py --demonstrations=500
+
+A word problem has an opening, up to three events (some of no consequence) and an ending, each in
+one of several wordings. An answer shows its work in GSM8K's form: calls of the calculator, then
+#### and the result. No question is in both splits: its checksum says where it belongs.
+"""
+import json
+import random
+import sys
+import zlib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure  # noqa: E402
+from data.files import by_hand, write, write_conversations  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from data.tools import calculate  # noqa: E402
+
+demonstrations = 2000   # worked answers in train.bin
+held_out = 500          # and in val.bin
+difficulty = 2          # digits of the numbers, at most
+out_dir = ''            # where the token files go; '' is beside this file
+
+NAMES = 'Anna Ben Clara David Emma Felix Grace Henry Iris Jack Lena Max Nora Omar Rosa Sam'.split()
+ITEMS = 'apples books coins cards eggs flowers marbles pens shells stamps stones toys'.split()
+WORDS = ('apple banana berry cherry garden letter little mirror orange pepper puzzle rabbit river '
+         'silver spring street summer tomorrow valley village window winter yellow coffee butter '
+         'kitten pillow balloon bottle ribbon carrot hammer ladder mammal narrow parrot').split()
+# What a wording does to the number so far: + x, - x, * x, or nothing.
+OPENINGS = {
+    '': ['{n} has {x} {i}.', 'At first {n} has {x} {i}.', 'There are {x} {i} in the box of {n}.'],
+    '*': ['{n} has {y} boxes with {x} {i} in each.', '{n} buys {y} bags of {x} {i}.',
+          'For {y} days {n} collects {x} {i} a day.'],
+    '+': ['{n} has {x} {i} in one bag and {y} in another.', '{n} finds {x} {i} here and {y} there.',
+          'On Monday {n} makes {x} {i}, on Tuesday {y}.']}
+EVENTS = {
+    '+': ['{n} gets {x} more.', '{n} finds {x} {i}.', '{m} gives {x} {i} to {n}.',
+          'Then {n} buys {x} more.', '{n} wins {x} in a game.'],
+    '-': ['{n} loses {x}.', '{n} gives {x} to {m}.', '{n} sells {x} of them.',
+          '{m} takes {x} of them.', '{x} of the {i} break.'],
+    '*': ['Soon there are {x} times as many.', '{n} makes it {x} times as many.'],
+    '': ['{m} has {x} {j}.', '{m} is {x} years old.', 'It is day {x} of the year.',
+         '{m} gives {x} {j} to {o}.']}
+ENDINGS = {
+    '': ['How many {i} does {n} have now?', 'How many {i} has {n} in the end?',
+         'And now, how many {i} does {n} own?'],
+    '+': ['{m} has {x} more than {n}. How many {i} does {m} have?',
+          '{m} has {x} {i}. How many {i} do they have together?'],
+    '-': ['{m} has {x} less than {n}. How many {i} does {m} have?'],
+    '*': ['Each of them costs {x} cents. How many cents are all of them worth?',
+          '{m} has {x} times as many. How many {i} does {m} have?']}
+NEW = {     # wordings of events that no stage trains on
+    '+': ['{n} picks up {x} on the way home.', 'Another {x} are delivered to {n}.'],
+    '-': ['A dog runs away with {x}.', '{n} forgets {x} of them on a train.'],
+    '*': ['Overnight they grow to {x} times their number.'],
+    '': ['The bus is {x} minutes late.']}
+SUMS = {'+': ['What is {x} + {y}?', 'What is {x} plus {y}?', 'Add {x} and {y}.'],
+        '-': ['What is {x} - {y}?', 'What is {x} minus {y}?', 'Take {y} away from {x}.'],
+        '*': ['What is {x} * {y}?', 'What is {x} times {y}?', 'Multiply {x} by {y}.']}
+
+
+def number(rng, digits):
+    return rng.randrange(2, 10 ** rng.randint(1, digits))
+
+
+def factor(rng):
+    return rng.randrange(2, 10)
+
+
+def wording(rng, choices):
+    sign = rng.choice(list(choices))
+    return sign, rng.choice(choices[sign])
+
+
+def word_problem(rng, digits, events):
+    """-> question, calls. The numbers so far stay positive and below 100,000."""
+    (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
+    sign, text = wording(rng, OPENINGS)
+    x, y = number(rng, digits), factor(rng) if sign == '*' else number(rng, digits)
+    said = [text.format(n=n, i=i, x=x, y=y)]
+    calls = [f'{x}{sign}{y}'] if sign else []
+    so_far = int(calculate(calls[0])) if sign else x
+    parts = [events] * rng.randint(1, 3) + [ENDINGS]
+    for part in parts:
+        sign, text = wording(rng, part)
+        if sign == '-' and so_far < 3 or sign == '*' and so_far > 10000:
+            sign, text = '+', rng.choice(part['+'])
+        x = factor(rng) if sign == '*' else number(rng, digits)
+        x = rng.randrange(1, min(x, so_far - 1) + 1) if sign == '-' else x
+        said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x))
+        if sign:
+            calls.append(f'{so_far}{sign}{x}')
+            so_far = int(calculate(calls[-1]))
+    return ' '.join(said), calls or [str(so_far)]
+
+
+def sum_of_two(rng, digits):
+    sign, text = wording(rng, SUMS)
+    x, y = number(rng, digits), factor(rng) if sign == '*' else number(rng, digits)
+    x, y = (max(x, y), min(x, y)) if sign == '-' else (x, y)
+    return text.format(x=x, y=y), [f'{x}{sign}{y}']
+
+
+def word_of(rng):
+    """A word, half of the time of no language, so that any word can be copied."""
+    if rng.random() < 0.5:
+        return rng.choice(WORDS)
+    return ''.join(rng.choice('bcdfghklmnprstvwy') + rng.choice('aeiou')
+                   for _ in range(rng.randint(2, 4))) + rng.choice(['', 'n', 'r', 's', 't'])
+
+
+def letters_of(rng):
+    word = word_of(rng)
+    letter = rng.choice(word if rng.random() < 0.9 else 'abcdefghijklmnopqrstuvwxyz')
+    text = rng.choice(['How many letters {l} are in {w}?', "How many {l}'s are in {w}?",
+                       'Count the letter {l} in the word {w}.'])
+    return text.format(l=letter, w=word), [f'"{word}".count("{letter}")']
+
+
+def spelling_of(rng):
+    word = word_of(rng)
+    return rng.choice(['Spell the word {}.', 'How do you spell {}?']).format(word), '-'.join(word)
+
+
+def example(rng, digits, events):
+    """-> kind, question, parts of the worked answer, the final answer"""
+    kind = rng.choices(['problem', 'sum', 'letters', 'spelling'], [14, 3, 2, 1])[0]
+    if kind == 'spelling':
+        question, answer = spelling_of(rng)
+        return dict(kind=kind, question=question, answer=answer,
+                    parts=[{'type': 'text', 'text': f'#### {answer}'}])
+    if kind == 'problem':
+        question, calls = word_problem(rng, digits, events)
+    else:
+        question, calls = sum_of_two(rng, digits) if kind == 'sum' else letters_of(rng)
+    parts, answer = [], calculate(calls[-1])
+    for call in calls:
+        parts += [{'type': 'call', 'text': call}, {'type': 'result', 'text': calculate(call)}]
+    parts.append({'type': 'text', 'text': f'#### {answer}'})
+    return dict(kind=kind, question=question, parts=parts, answer=answer)
+
+
+LONGEST = 240   # characters of a question and its answer: a row of 256 holds them
+VARIANTS = {'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}}   # for the test alone
+
+
+def world():
+    """-> the digits of the world that was prepared here: all its questions are of one difficulty"""
+    made = HERE / 'world.json'
+    return json.loads(made.read_text())['digits'] if made.exists() else difficulty
+
+
+def split_of(question):
+    """Of ten questions eight are to train on, one is to choose by (val), one to report (test)."""
+    return {0: 'test', 1: 'val'}.get(zlib.crc32(question.encode()) % 10, 'train')
+
+
+def examples(split='train', seed=0, digits=None, events=EVENTS):
+    """Yields questions of a split without end: {kind, question, parts, answer}, by seed."""
+    rng, digits = random.Random(f'{split} {seed}'), digits or world()
+    while True:
+        made = example(rng, digits, events)
+        size = len(made['question']) + sum(len(part['text']) + 1 for part in made['parts'])
+        if split_of(made['question']) == split and size < LONGEST:
+            yield made
+
+
+def conversation(example):
+    """-> messages, with the worked answer"""
+    return [{'role': 'user', 'content': example['question']},
+            {'role': 'assistant', 'content': example['parts']}]
+
+
+def reward(example, answer):
+    """1.0 if what follows the last #### is right, else 0.0. answer: the text as people see it"""
+    return float('####' in answer and answer.rpartition('####')[2].strip() == example['answer'])
+
+
+def prepare(folder=HERE):
+    write(Path(folder) / 'world.json',
+          lambda file: file.write(json.dumps({'digits': difficulty}).encode()))
+    made = {split: examples(split, digits=difficulty) for split in ('train', 'val')}
+    counts = {'train': demonstrations, 'val': held_out}
+    write_conversations(
+        folder, Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127)))),
+        f'{demonstrations} made-up questions',
+        **{split: [conversation(next(made[split])) for _ in range(count)]
+           for split, count in counts.items()})
+
+
+if __name__ == '__main__':
+    configure(globals())
+    by_hand(prepare, Path(out_dir or HERE))

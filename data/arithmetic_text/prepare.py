@@ -1,0 +1,71 @@
+"""
+Text of the world that data/arithmetic asks about, to learn writing from: who has what, what was
+noted, sums, spelled words. It holds no question and no worked answer.
+
+    python data/arithmetic_text/prepare.py
+"""
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from configurator import configure  # noqa: E402
+from data.arithmetic.prepare import (  # noqa: E402
+    EVENTS,
+    ITEMS,
+    NAMES,
+    OPENINGS,
+    factor,
+    number,
+    word_of,
+    wording,
+)
+from data.files import by_hand, write_tokens  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+
+characters = 3_000_000  # of text to train on
+
+
+def story(rng):
+    """Something happens, and somebody notes the numbers."""
+    (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
+    said = []
+    for part in [OPENINGS] + [EVENTS] * rng.randint(0, 3):
+        said.append(wording(rng, part)[1].format(n=n, m=m, o=o, i=i, j=j, x=number(rng, 3),
+                                                 y=factor(rng)))
+    noted = re.findall(r'\d+', ' '.join(said))
+    numbers = ', '.join(noted)
+    return ' '.join(said) + ' ' + rng.choice([
+        f'The numbers are {numbers}.', f'{numbers}: so much for the {i} of {n}.',
+        f'{m} notes {numbers}.', f'It began with {noted[0]}, it ended with {noted[-1]}.'])
+
+
+def fact(rng):
+    x, y, word = number(rng, 3), number(rng, 3), word_of(rng)
+    letter, spelled = rng.choice(word), '-'.join(word)
+    return rng.choice([
+        f'{x}+{y} is {x + y}. Again: {x}+{y} is {x + y}.', f'{x} and {y}, {y} and {x}.',
+        f'"{word}" is the word {word}.', f'{word} is written {spelled}.',
+        f'{spelled} is {word}, "{word}".', f'"{letter}" is in "{word}", {letter} in {word}.',
+        f'{word} begins with {word[0]} and ends with {word[-1]}: {spelled}.'])
+
+
+def text_of(count, seed):
+    rng, lines, size = random.Random(seed), [], 0
+    while size < count:
+        lines.append(story(rng) if rng.random() < 0.6 else fact(rng))
+        size += len(lines[-1]) + 1
+    return '\n'.join(lines)
+
+
+def prepare(folder=Path(__file__).parent):
+    tokenizer = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
+    write_tokens(folder, tokenizer, 'sentences made up from a seed',
+                 train=tokenizer.encode(text_of(characters, 'train')),
+                 val=tokenizer.encode(text_of(characters // 20, 'val')))
+
+
+if __name__ == '__main__':
+    configure(globals())
+    by_hand(prepare)

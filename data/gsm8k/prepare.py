@@ -1,0 +1,75 @@
+"""
+GSM8K (arXiv:2110.14168): 8.5 thousand word problems with worked answers, in GPT-2's tokens.
+
+    python data/gsm8k/prepare.py [--source=a/folder/with/train.jsonl/and/test.jsonl]
+
+The marks of the calculator, <<48/2=24>>, become calls of ours where both agree.
+"""
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure  # noqa: E402
+from data.files import by_hand, questions_of, write_questions  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+from data.tools import calculate  # noqa: E402
+
+source = ''     # a folder with train.jsonl and test.jsonl; '' fetches openai/gsm8k from the hub
+
+
+def worked(answer):
+    """'48/2 = <<48/2=24>>24 clips' -> its parts: text, call, result, text"""
+    parts = []
+    for i, piece in enumerate(re.split('<<(.*?)>>', answer)):
+        call, _, result = piece.rpartition('=')
+        if i % 2 and calculate(call) == result:
+            parts += [{'type': 'call', 'text': call}, {'type': 'result', 'text': result}]
+        elif i % 2 == 0:
+            parts.append({'type': 'text', 'text': piece})
+    return parts
+
+
+def final(text):
+    """What follows the last ####, as a number if it is one: 1,000 is 1000.0; None without ####."""
+    found = re.search(r'.*####\s*(\S.*)', text, re.DOTALL)
+    if not found:
+        return None
+    words = found[1].strip().strip('$').replace(',', '')
+    try:
+        return float(words)
+    except ValueError:
+        return words
+
+
+def examples(split='train', seed=0, **_):
+    """Yields {question, answer}."""
+    return questions_of(HERE, split, seed)
+
+
+def conversation(example):
+    """-> messages, with the worked answer"""
+    return [{'role': 'user', 'content': example['question']},
+            {'role': 'assistant', 'content': worked(example['answer'])}]
+
+
+def reward(example, answer):
+    """1.0 if the number behind the last #### is right, else 0.0."""
+    return float(final(answer) == final(example['answer']))
+
+
+def prepare(source='', folder=HERE):
+    from datasets import load_dataset
+    if source:
+        files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
+        found = load_dataset('json', data_files=files)
+    else:
+        found = load_dataset('openai/gsm8k', 'main')
+    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'openai/gsm8k', conversation,
+                    **{split: list(map(dict, found[split])) for split in ('train', 'test')})
+
+
+if __name__ == '__main__':
+    configure(globals())
+    by_hand(prepare, source)

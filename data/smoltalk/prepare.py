@@ -1,0 +1,50 @@
+"""
+SmolTalk (arXiv:2502.02737), its small version: half a million conversations, in GPT-2's tokens.
+
+    python data/smoltalk/prepare.py [--source='a/folder/*.jsonl']
+
+Any conversations of this form will do: lines of {"messages": [{"role", "content"}, ...]}.
+"""
+import glob
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure  # noqa: E402
+from data.files import by_hand, write_texts  # noqa: E402
+from data.tokenizer import Tokenizer  # noqa: E402
+
+source = ''      # local files: 'folder/*.jsonl'; '' fetches HuggingFaceTB/smol-smoltalk
+held_out = 100   # of local files, one conversation in so many is kept for validation
+
+
+def rendered(conversations):
+    """Yields (ids, in play), small in memory; messages of other roles are left out."""
+    tokenizer = Tokenizer({'kind': 'gpt2'})
+    for conversation in conversations:
+        messages = [message for message in conversation['messages']
+                    if message['role'] in ('system', 'user', 'assistant') and message['content']]
+        if any(message['role'] == 'assistant' for message in messages):
+            ids, in_play = tokenizer.render(messages)
+            yield np.array(ids, np.uint16), np.array(in_play, np.uint8)
+
+
+def fetch(source='', folder=HERE):
+    from datasets import load_dataset
+    if source and not glob.glob(source):
+        raise ValueError(f'--source={source}: no such files')
+    if source:
+        found = load_dataset('json', data_files=source, split='train')
+        found = found.train_test_split(test_size=max(1, len(found) // held_out), seed=0)
+    else:
+        found = load_dataset('HuggingFaceTB/smol-smoltalk')
+    write_texts(folder, Tokenizer({'kind': 'gpt2'}), source or 'HuggingFaceTB/smol-smoltalk',
+                train=list(rendered(found['train'])), val=list(rendered(found['test'])))
+
+
+if __name__ == '__main__':
+    configure(globals())
+    by_hand(fetch, source)

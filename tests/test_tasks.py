@@ -1,0 +1,201 @@
+"""The worlds to ask about: questions, worked answers, rewards, conversations."""
+
+import itertools
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from data.arithmetic import prepare as arithmetic
+from data.arithmetic_text.prepare import text_of
+from data.files import DATA, script_of, task_of
+from data.rows import Conversations
+from data.tokenizer import Tokenizer, Voice
+
+ASCII = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
+
+
+def take(count, *how, **world):
+    return list(itertools.islice(arithmetic.examples(*how, **world), count))
+
+
+def as_people_see_it(tokenizer, messages):
+    ids, in_play = tokenizer.render(messages)
+    return Voice(tokenizer).hear(ids[np.argmax(in_play) :], last=True)
+
+
+def test_worked_answers_earn_their_reward_and_nothing_else_does():
+    for example in take(300) + take(200, 'test', events=arithmetic.NEW, digits=4):
+        text = as_people_see_it(ASCII, arithmetic.conversation(example))
+        assert arithmetic.reward(example, text) == 1.0
+        assert arithmetic.reward(example, text + '0') == 0.0
+        assert arithmetic.reward(example, text.replace('####', '')) == 0.0
+        assert arithmetic.reward(example, example['answer']) == 0.0
+        steps = [part['text'] for part in example['parts'] if part['type'] == 'call']
+        assert all(re.fullmatch(r'\d+[-+*]\d+|"\w+"\.count\("\w"\)|\d+', step) for step in steps)
+
+
+def test_the_numbers_of_a_problem_by_hand(monkeypatch):
+    rng = __import__('random').Random(1)
+    question, calls = arithmetic.word_problem(rng, 2, arithmetic.EVENTS)
+    numbers = set(re.findall(r'\d+', question))
+    results = set()
+    for call in calls:
+        operands = re.split(r'[-+*]', call)
+        assert set(operands) <= numbers | results
+        results.add(arithmetic.calculate(call))
+
+
+def test_no_question_is_in_both_splits():
+    train, test = ({e['question'] for e in take(3000, split)} for split in ('train', 'test'))
+    assert len(train) > 2500 and len(test) > 2000 and not train & test
+    assert not train & {e['question'] for e in take(500, 'test', 'eval', digits=3)}
+
+
+def test_questions_are_endless_and_made_from_the_seed():
+    assert take(50, 'train', 1) == take(50, 'train', 1) != take(50, 'train', 2)
+
+
+def test_new_wordings_are_in_no_training_question():
+    known = ' '.join(e['question'] for e in take(2000)) + text_of(100_000, 'train')
+    new = [e['question'] for e in take(300, 'test', events=arithmetic.NEW)]
+    for texts in arithmetic.NEW.values():
+        for text in texts:
+            rare = max(re.split(r'{\w}', text), key=len)
+            assert rare not in known
+            assert any(rare in question for question in new)
+
+
+def test_difficulty_is_the_digits_of_the_numbers():
+    def digits(questions):
+        return max(len(n) for e in questions for n in re.findall(r'\d+', e['question']))
+
+    assert [digits(take(300, digits=d)) for d in (1, 2, 4)] == [1, 2, 4]
+
+
+def test_the_text_to_learn_writing_from_holds_no_question_and_no_worked_answer():
+    text = text_of(100_000, 'train')
+    assert '?' not in text and '####' not in text and '<' not in text
+    assert set(text) <= set(ASCII.chars)
+    asked = re.compile('|'.join(re.escape(t.split('{')[0]) for group in
+                                arithmetic.SUMS.values() for t in group))  # fmt: skip
+    assert not asked.search(text)
+
+
+def test_small_talk_is_in_the_vocabulary_and_alternates():
+    smalltalk = script_of(DATA / 'smalltalk')
+    rng = __import__('random').Random(3)
+    for _ in range(300):
+        messages = smalltalk.talk(rng)
+        assert [m['role'] for m in messages] == ['user', 'assistant'] * (len(messages) // 2)
+        ASCII.render(messages)
+
+
+@pytest.mark.parametrize('name', ['arithmetic', 'smalltalk'])
+def test_conversations_are_prepared_with_their_masks(tmp_path, name):
+    made = script_of(DATA / name)
+    made.demonstrations, made.conversations, made.held_out = 40, 40, 10
+    made.prepare(tmp_path)
+    texts = Conversations(tmp_path, 'train', 400)
+    assert len(texts.spans) == 40
+    end, user = ASCII.special['<|end|>'], ASCII.special['<|user|>']
+    for i in range(40):
+        ids, mask = texts.conversation(i)
+        assert ids[1] == user and mask[1] == 0 and ids[-1] == end and mask[-1] == 1
+
+
+@pytest.fixture
+def gsm8k(tmp_path, bpe):
+    folder = tmp_path / 'gsm8k'
+    folder.mkdir()
+    shutil.copy(ROOT / 'data' / 'gsm8k' / 'prepare.py', folder)
+    rows = [
+        ('Half of 48?', 'It is 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72.\n'
+         '#### 72'),  # fmt: skip
+        ('A wrong mark?', 'One is $<<3*4=13>>13.\n#### 1,000'),
+        ('No mark?', 'It is so.\n#### -5'),
+    ]
+    for split in 'train', 'test':
+        lines = [json.dumps({'question': q, 'answer': a}) for q, a in rows]
+        (tmp_path / f'{split}.jsonl').write_text('\n'.join(lines))
+    task = task_of(folder)
+    task.prepare(str(tmp_path), folder)
+    return task
+
+
+def test_gsm8k_calls_the_calculator_where_it_agrees(gsm8k, bpe):
+    first, second, third = itertools.islice(gsm8k.examples('test'), 3)
+    text = as_people_see_it(bpe, gsm8k.conversation(first))
+    assert text == 'It is 48/2 = [48/2 = 24]24 clips.\nIn all 48+24 = [48+24 = 72]72.\n#### 72'
+    assert [part['type'] for part in gsm8k.conversation(second)[1]['content']] == ['text', 'text']
+    texts = Conversations(gsm8k.HERE, 'train', 400)
+    ids, mask = texts.conversation(0)
+    result = bpe.encode('24') + [bpe.special['<|result|>']]
+    at = [i for i, token in enumerate(ids) if token == bpe.special['<|result|>']][0]
+    assert ids[at + 1 : at + 1 + len(result)].tolist() == result
+    assert mask[at] == 1 and not mask[at + 1 : at + 1 + len(result)].any()
+
+
+def test_gsm8k_rewards_the_number_and_goes_on_without_end(gsm8k):
+    first, second, third = gsm8k.examples('test')
+    for example, good, bad in [
+        (first, '#### 72', '#### 73'),
+        (first, 'so #### $72.0\n', '72'),
+        (second, '####1000', '#### 1'),
+        (third, '#### -5', '#### 5'),
+        (third, '#### -5', '####'),
+    ]:
+        assert (gsm8k.reward(example, good), gsm8k.reward(example, bad)) == (1.0, 0.0)
+    many = list(itertools.islice(gsm8k.examples('train', 4), 7))
+    assert len(many) == 7 and sorted(e['question'] for e in many[:3]) == sorted(
+        e['question'] for e in (first, second, third)
+    )
+
+
+def test_smoltalk_takes_local_conversations(tmp_path, bpe):
+    folder = tmp_path / 'smoltalk'
+    folder.mkdir()
+    shutil.copy(ROOT / 'data' / 'smoltalk' / 'prepare.py', folder)
+    talk = [
+        {'role': 'system', 'content': 'be kind'},
+        {'role': 'user', 'content': 'the <|end|>?'},
+        {'role': 'assistant', 'content': 'that one'},
+    ]
+    with open(tmp_path / 'talk.jsonl', 'w') as file:
+        for i in range(20):
+            print(json.dumps({'messages': talk[i % 2 :]}), file=file)
+    script_of(folder).fetch(str(tmp_path / '*.jsonl'), folder)
+    texts = [Conversations(folder, split, 99) for split in ('train', 'val')]
+    assert [len(split.spans) for split in texts] == [19, 1]
+    assert texts[0].cut == 0
+    for i in range(19):
+        ids, mask = texts[0].conversation(i)
+        played = [token for token, mine in zip(ids.tolist(), mask, strict=True) if mine]
+        assert played == bpe.encode('that one') + [bpe.special['<|end|>']]
+
+
+def test_arc_is_questions_with_lettered_choices(tmp_path, bpe):
+    folder = tmp_path / 'arc'
+    folder.mkdir()
+    shutil.copy(ROOT / 'data' / 'arc' / 'prepare.py', folder)
+    rows = [
+        {'question': q, 'answerKey': key, 'choices': {'text': texts, 'label': labels}}
+        for q, key, texts, labels in [
+            ('Hot?', 'B', ['ice', 'fire'], ['A', 'B']),
+            ('Wet?', '1', ['sea', 'sun'], ['1', '2']),
+        ]
+    ]
+    for split in 'train', 'test':
+        (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    task = task_of(folder)
+    task.prepare(str(tmp_path), folder)
+    hot, wet = task.examples('test')
+    assert hot == {'question': 'Hot?\nA. ice\nB. fire', 'answer': 'B'} and wet['answer'] == 'A'
+    assert (task.reward(hot, 'B'), task.reward(hot, 'A'), task.reward(hot, 'B.')) == (1, 0, 0)
+    ids, mask = Conversations(folder, 'train', 99).conversation(0)
+    played = [token for token, mine in zip(ids.tolist(), mask) if mine]
+    assert played == bpe.encode('B') + [bpe.special['<|end|>']]
+    assert len(list(itertools.islice(task.examples('train'), 9))) == 9
