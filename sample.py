@@ -11,11 +11,14 @@ can be of any length).
 import collections
 import contextlib
 import itertools
+import json
+import math
 import os
 import pickle
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +28,9 @@ import torch
 from torch.nn import functional as F
 
 from configurator import configure
-from data.files import DATA, read_meta
+from data.files import DATA, read_meta, task_of, write_texts
 from data.tokenizer import Tokenizer, Voice
-from data.tools import calculator
+from data.tools import calculator, calls_in
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig, KVCache
 
 init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
@@ -41,6 +44,11 @@ top_p = 1.0             # draw from the most likely tokens that together have th
 ignore_end = False      # go on after the end token
 seed = 1337             # sample i depends on seed + i alone
 votes = 1               # write so many answers and show one that most of them agree with
+task = ''               # grade this run and those before it on the test questions of data/<task>
+num_examples = 500      # how many questions
+tools = True            # with the calculator at hand
+write = ''              # ask training questions instead, keep right answers in this folder
+pairs = False           # keep pairs of a right and a wrong answer, for stage dpo
 chat = False            # talk with it; /clear, /system text, Ctrl-C stops an answer, Ctrl-D ends
 serve = False           # a page and an OpenAI-like API; requests bring their own temperature ...
 host = '127.0.0.1'      # 0.0.0.0 lets other machines in
@@ -213,6 +221,11 @@ class Request:
     logprobs: list = field(default_factory=list)    # of each id when drawn; None: from the tool
     reason: str = ''            # why it has ended: end, length, cancelled; '': it goes on
 
+    @property
+    def in_play(self):
+        """Of each id, the prompt's too: whether the model itself drew it."""
+        return [False] * len(self.prompt) + [p is not None for p in self.logprobs]
+
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
@@ -256,6 +269,10 @@ def draw(logits, requests, chance):
     return ids[:, 0].tolist(), probs.gather(1, ids)[:, 0].log().tolist()
 
 
+FEW = 16    # so many tokens, as of a tool's answer, are read one by one beside the other rows:
+            # a pass of their own would cost all of them a step
+
+
 @torch.inference_mode()
 def decode(model, requests, rows):
     """
@@ -269,20 +286,21 @@ def decode(model, requests, rows):
     live, source = [], iter(requests)   # live[i] is in row i of the cache: no gaps
 
     def step(first, last):
-        """Let rows first .. last - 1 read what they have pending; each request gets a token."""
-        idx = np.full((last - first, max(len(row.pending) for row in live[first:last])), -1)
-        if last - first > 1:    # side by side: a token each, of those that have no more to read
-            idx = idx[:, :1]
-        reading = [(i, row) for i, row in enumerate(live[first:last])
-                   if 0 < len(row.pending) <= idx.shape[1]]
-        for i, row in reading:
-            idx[i, :len(row.pending)] = row.pending
-            row.held += len(row.pending)
+        """Let one row read all that it has pending, or several a token each. Who has then read
+        all of it gets a token more."""
+        width = len(live[first].pending) if last - first == 1 else 1
+        idx, through = np.full((last - first, width), -1), []
+        for i, row in enumerate(live[first:last]):
+            read, row.pending = row.pending[:width], row.pending[width:]
+            idx[i, :len(read)] = read
+            row.held += len(read)
+            if read and not row.pending:
+                through.append((i, row))
         part = cache.part(first, last)
         logits = model(torch.from_numpy(idx).to(weight.device), cache=part)[0][:, 0]
-        drawn = draw(logits[[i for i, _ in reading]], [row.request for _, row in reading],
-                     [row.chance for _, row in reading])
-        for (i, row), token, logprob in zip(reading, *drawn):
+        drawn = draw(logits[[i for i, _ in through]], [row.request for _, row in through],
+                     [row.chance for _, row in through])
+        for (i, row), token, logprob in zip(through, *drawn):
             request = row.request
             request.ids.append(token)
             request.logprobs.append(logprob)
@@ -334,9 +352,10 @@ def decode(model, requests, rows):
                 cache.copy_row(twin, i, len(read))
                 cache.cut(i, read)
                 row.pending, row.held = [last], len(read)
-            if len(row.pending) > 1:
+            alone = row.held == 0 or len(live) == 1     # a prompt, or nobody waits for it
+            if len(row.pending) > (1 if alone else FEW):
                 yield from step(i, i + 1)
-        if any(len(row.pending) == 1 for row in live):
+        if any(row.pending for row in live):
             yield from step(0, len(live) if weight.device.type == 'cpu' else rows)
 
 
@@ -347,6 +366,129 @@ def generate(model, prompts, max_new_tokens, seed=0, **how):
     for _ in decode(model, requests, len(requests)):
         pass
     return [request.ids for request in requests]
+
+
+def ask(model, tokenizer, task, asked, seeds, rows, samples=1, most=200, temperature=1.0,
+        tools=True):
+    """
+    Put a task's examples to a model, each so many times, with the calculator at hand or without.
+    Example i's first sample draws with seeds[i], its second with that + 1, ...
+    -> requests, rewards: lists with the samples of an example side by side. ValueError names an
+    example whose reward cannot be had.
+    """
+    if max(tokenizer.special.values(), default=math.inf) >= model.config.vocab_size:
+        raise ValueError('this model knows no chat tokens: it can be asked nothing')
+    ends = tokenizer.special['<|end|>'], tokenizer.special['<|endoftext|>']
+    tool, requests, rewards = calculator(tokenizer) if tools else None, [], []
+    for example, first in zip(asked, seeds, strict=True):
+        prompt = tokenizer.render(task.conversation(example)[:-1], reply=True)[0]
+        prompt = prompt[-(model.config.block_size - 1):]    # of one that is too long, the end
+        room = model.config.block_size - len(prompt)
+        requests += [Request(prompt, min(most, room), temperature, end=ends, tool=tool,
+                             seed=first + i) for i in range(samples)]
+    for _ in decode(model, requests, rows):
+        pass
+    for number, request in enumerate(requests):
+        example = asked[number // samples]
+        try:
+            rewards.append(float(task.reward(example, Voice(tokenizer).hear(request.ids, True))))
+        except Exception as error:
+            why = f'{type(error).__name__}: {error}'
+            raise ValueError(f'reward fails with {why}, of {example}') from None
+        if not math.isfinite(rewards[-1]):
+            raise ValueError(f'reward gives {rewards[-1]}, of {example}')
+    return requests, rewards
+
+
+def examine(model, tokenizer, questions, seed):
+    """-> accuracies by kind of question. questions: a task; greedy, or what most of --votes say"""
+    columns = {'all': []}
+    variants = {'': {}, **getattr(questions, 'VARIANTS', {})}
+    if not tools:
+        variants = {'': {}}
+    for variant, world in variants.items():
+        asked = list(itertools.islice(questions.examples('test', seed, **world), num_examples))
+        chances = np.random.SeedSequence(seed).generate_state(len(asked)).tolist()
+        requests, rewards = ask(model, tokenizer, questions, asked, chances, rows, votes,
+                                max_new_tokens, 0.0 if votes == 1 else temperature, tools)
+        for i, example in enumerate(asked):
+            here = slice(i * votes, (i + 1) * votes)
+            elected = vote([Voice(tokenizer).hear(request.ids, True)
+                            for request in requests[here]])[0]
+            kinds = [variant] if variant else ['all', example.get('kind', 'all')]
+            for kind in dict.fromkeys(kinds):
+                columns.setdefault(kind, []).append(rewards[here][elected])
+    return {kind: float(np.mean(values)) for kind, values in columns.items()}
+
+
+def grade(runs, where, kind):
+    """Print and draw how many of a task's held-out questions each of these runs answers rightly."""
+    questions, table = task_of(DATA / task), {}
+    for folder in runs:
+        model, tokenizer, _ = load_model(folder)
+        table[folder] = examine(ready(model, where, kind), tokenizer, questions, seed)
+        if folder == runs[0]:
+            width = max(map(len, [*runs, f'{num_examples} questions']))
+            print(f'{num_examples} questions'.ljust(width), *table[folder], sep='  ')
+        cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())
+        print(folder.ljust(width), *cells, sep='  ', flush=True)
+    accuracies = {folder: columns['all'] for folder, columns in table.items()}
+    picture(accuracies, Path(runs[-1], 'stages.png'))
+
+
+def picture(accuracies, target):
+    """The logs of runs that followed each other, as one picture: losses, rewards, accuracy."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, (above, below) = pyplot.subplots(2, figsize=(7, 7), sharex=True)
+    began, labels = 0.0, {'loss': above, 'val_loss': above, 'reward': below, 'accuracy': below}
+    for folder, accuracy in accuracies.items():
+        log = Path(folder, 'log.jsonl')
+        lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
+        lines = [json.loads(line) for line in lines]
+        for i, (key, axis) in enumerate(labels.items()):
+            points = [((began + line['seconds']) / 60, line[key]) for line in lines if key in line]
+            if points and not (key == 'loss' and any('reward' in line for line in lines)):
+                axis.plot(*zip(*points, strict=True), 'o-' if i % 2 else '-', markersize=3,
+                          color=f'C{i}', label=None if key in axis.get_legend_handles_labels()[1]
+                          else key)
+        began += lines[-1]['seconds'] if lines else 0.0
+        below.plot(began / 60, accuracy, 'k*', markersize=10)
+        below.annotate(f'{Path(folder).name}: {accuracy:.1%}', (began / 60, accuracy), rotation=30)
+        above.axvline(began / 60, color='gray', linewidth=0.5)
+    above.set(ylabel='loss (nats per token)', title=f'the stages on data/{task}', yscale='log')
+    below.set(xlabel='minutes of training', ylabel='share of right answers', ylim=(0, 1.1))
+    for axis in above, below:
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend()
+    figure.savefig(target, dpi=100, bbox_inches='tight')
+    print(f'drawn: {target}')
+
+
+def write_answers(model, tokenizer, source):
+    """
+    Let a model answer training questions, num_samples times each, and write what can be learned
+    from: its right answers (rejection sampling), or a right and a wrong one of each as pairs.
+    """
+    questions, texts = task_of(DATA / task), []
+    asked = list(itertools.islice(questions.examples('train', f'write {seed}'), num_examples))
+    chances = np.random.SeedSequence(seed).generate_state(len(asked)).tolist()
+    requests, rewards = ask(model, tokenizer, questions, asked, chances, rows, num_samples,
+                            max_new_tokens)
+    for i in range(0, len(requests), num_samples):
+        group = list(zip(requests[i:i + num_samples], rewards[i:i + num_samples], strict=True))
+        right = [request for request, reward in group
+                 if reward > 0.5 and request.ids[-1] == tokenizer.special['<|end|>']]
+        wrong = [request for request, reward in group if reward <= 0.5]
+        chosen = [right[0], wrong[0]] if pairs and right and wrong else [] if pairs else right
+        texts.append([(request.prompt + request.ids, request.in_play) for request in chosen])
+    cut = max(1, len(texts) // 10)
+    parts = {'train': sum(texts[cut:], []), 'val': sum(texts[:cut], [])}
+    if not all(parts.values()):
+        raise ValueError(f'{num_examples} questions gave too little to learn from: ask more')
+    Path(write).mkdir(parents=True, exist_ok=True)
+    write_texts(write, tokenizer, f'answers of {source} to questions of {task}', **parts)
 
 
 def is_taught(checkpoint):
@@ -426,11 +568,16 @@ def speak(model, tokenizer, prompt, chance, ends, tool=None):
 def elect(requests, tokenizer):
     """Print one of the answers that most agree with (arXiv:2203.11171). -> its request"""
     texts = [Voice(tokenizer).hear(request.ids, last=True) for request in requests]
-    finals = [final_answer(text) for text in texts]
-    winner, count = collections.Counter(finals).most_common(1)[0]
-    chosen = finals.index(winner)
+    chosen, winner, count = vote(texts)
     print(f'{texts[chosen]}\n({count} of {len(texts)} answers say: {winner})', end='')
     return requests[chosen]
+
+
+def vote(texts):
+    """-> which text it is that most agree with, what its final answer is, how many have that"""
+    finals = [final_answer(text) for text in texts]
+    winner, count = collections.Counter(finals).most_common(1)[0]
+    return finals.index(winner), winner, count
 
 
 def final_answer(text):
@@ -458,7 +605,9 @@ def served(model, tokenizer, checkpoint, name):
         if not taught:
             return encode('\n'.join(message['content'] for message in messages))[-window // 2:]
         system = messages[0]['role'] == 'system'
-        turns = [tokenizer.render([message])[0][1:] for message in messages]
+        turns = [tokenizer.render([{**message, 'content': calls_in(message['content'])}
+                                   if message['role'] == 'assistant' else message])[0][1:]
+                 for message in messages]
         return fit(tokenizer, turns if system else [[], *turns], window - window // 2)[0]
 
     def request(prompt, most, fields, seed, chat):
@@ -500,27 +649,45 @@ class Int8Linear(torch.nn.Module):
     A Linear whose weights are kept as bytes with a scale for each output, for inference. Reading
     weights is all the work of a product with few rows; a byte is a quarter of an fp32 number.
     """
-    few = 8     # rows: with more, unpacking the weights once is cheaper than torch's kernel
 
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach().float()
-        # The scales are rounded before the weights are divided by them: so it costs no accuracy.
-        scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
-        bytes_ = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer('weight', bytes_.contiguous())
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
+        self.packed, self.nbytes = packed_for_cpu(weight, scale), weight.nbytes
+        self.register_buffer('weight', weight if self.packed is None else None)
         self.register_buffer('scale', scale)
         self.register_buffer('bias', linear.bias)
 
     def forward(self, x):
         rows = x.view(-1, x.shape[-1])
-        if x.device.type == 'cpu' and len(rows) <= self.few:
-            # torch's kernel turns bytes into numbers in registers; it is fast for bf16 rows alone.
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
-        else:
+        if self.packed is None:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        else:
+            # The kernel multiplies bytes by bytes. So that it rounds the weights alone, a row comes
+            # as the sum of two of 7 bits each, a coarse one and a fine one: 14 bits, bf16 has 8.
+            unit = rows.abs().amax(1, keepdim=True).float().clamp_(min=1e-30).div_(63)
+            rows = rows / unit
+            coarse = rows.round()
+            both = torch.cat((coarse, rows.sub_(coarse).mul_(126)))
+            coarse, fine = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                both, 1.0, 64, self.packed).chunk(2)
+            y = torch.add(coarse, fine, alpha=1 / 126).mul_(unit)
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def packed_for_cpu(weight, scale):
+    """-> int8 weights as torch's x86 kernel reads them; None on other machines"""
+    there = hasattr(torch.ops.quantized, 'linear_with_input_q_dq_qweight_dq_output_fp32')
+    if weight.device.type != 'cpu' or torch.backends.quantized.engine != 'x86' or not there:
+        return None
+    with warnings.catch_warnings():     # that a later torch may be without it: then None
+        warnings.simplefilter('ignore')
+        zeros = torch.zeros(len(scale), dtype=torch.long)
+        weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(weight, None)
 
 
 def quantized(model):
@@ -532,10 +699,19 @@ def quantized(model):
     return model
 
 
+def ready(model, where, kind):
+    """-> a model for inference: on its device, in its precision, as it is read fastest"""
+    model.to(where, kind).eval()
+    if quantize:
+        quantized(model)
+    lay_for_reading(model)
+    return torch.compile(model, dynamic=True) if compile else model
+
+
 def weight_bytes(model):
     """How much a decoding step reads of a model's matrices."""
-    return sum(m.weight.nbytes for m in model.modules()
-               if isinstance(m, torch.nn.Linear | Int8Linear))
+    return sum(m.nbytes if isinstance(m, Int8Linear) else m.weight.nbytes
+               for m in model.modules() if isinstance(m, torch.nn.Linear | Int8Linear))
 
 
 def read_bandwidth(device):
@@ -570,25 +746,32 @@ def main():
     in_range = {'num_samples': num_samples > 0, 'max_new_tokens': max_new_tokens > 0,
                 'seed': seed >= 0, 'temperature': temperature >= 0, 'top_k': 0 <= top_k < 2 ** 31,
                 'top_p': 0 < top_p <= 1, 'rows': rows > 0, 'queue_limit': queue_limit > 0,
-                'port': 0 <= port < 65536, 'votes': votes > 0, 'quantize': quantize in ('', 'int8')}
+                'port': 0 <= port < 65536, 'num_examples': num_examples > 0, 'votes': votes > 0,
+                'quantize': quantize in ('', 'int8')}
     for name, good in in_range.items():
         if not good:
             sys.exit(f'--{name}={globals()[name]}: out of range; see --help')
     try:
         where = auto_device(device)
         kind = auto_dtype(dtype, where)
-        model, tokenizer, checkpoint = load_model(out_dir if init_from == 'resume' else init_from)
+        source = out_dir if init_from == 'resume' else init_from
+        model, tokenizer, checkpoint = load_model(source)
         text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
         prompt = tokenizer.encode(text, special=True) or [tokenizer.end or 0]
         if max(prompt) >= model.config.vocab_size:
             raise ValueError(f'--start: this model has no token {tokenizer.decode([max(prompt)])}')
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    model.to(where, kind).eval()
-    if quantize:
-        quantized(model)
-    lay_for_reading(model)
-    network = torch.compile(model, dynamic=True) if compile else model
+    network = ready(model, where, kind)
+    if task:
+        runs = [entry.get('init_from', '') for entry in checkpoint.get('lineage', [])] + [source]
+        try:
+            if write:
+                return write_answers(network, tokenizer, source)
+            return grade([run for run in runs if Path(run, 'log.jsonl').exists()] or [source],
+                         where, kind)
+        except (ValueError, OSError) as error:
+            sys.exit(str(error))
     if serve:
         from assets.serve import serve as serve_web
         name = Path(out_dir).name if init_from == 'resume' else init_from

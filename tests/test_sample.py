@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, inside, tiny
 
+import sample
 from sample import (
     Int8Linear,
     Request,
@@ -361,22 +362,30 @@ def test_every_family_decodes_in_bfloat16():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('rows', [1, 8, 9])
+@pytest.mark.parametrize('rows', [1, 8])
 @pytest.mark.parametrize('bias', [True, False])
-def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias):
+@pytest.mark.parametrize('kernel', [True, False])
+def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias, kernel, monkeypatch):
+    """The kernel too rounds the weights alone: what it does to the rows is not to be seen."""
+    if kernel and torch.backends.quantized.engine != 'x86':
+        pytest.skip('this machine has no such kernel')
+    if not kernel:
+        monkeypatch.setattr(sample, 'packed_for_cpu', lambda weight, scale: None)
     torch.manual_seed(0)
     linear = torch.nn.Linear(96, 40, bias=bias).to(dtype)
-    x = torch.randn(2, rows, 96, dtype=dtype)[:1]
+    x = torch.randn(2, rows, 96, dtype=dtype)[:1] * torch.logspace(-3, 3, rows)[:, None].to(dtype)
     linear.weight.data = linear.weight.data.t().contiguous().t()  # as laid for reading
     small = Int8Linear(linear)
     weight = linear.weight.detach().double()
-    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16().double()
+    scale = weight.abs().amax(1, keepdim=True) / 127
     dequantized = (weight / scale).round().clamp(-127, 127) * scale
-    assert (dequantized - weight).abs().max() <= scale.max() * 0.76  # 1/2, at the ends 1/2 + 1/4
-    assert torch.equal(small.weight.double() * small.scale.double()[:, None], dequantized)
-    expected = x.double() @ dequantized.T + (linear.bias.double() if bias else 0)
-    torch.testing.assert_close(small(x).double(), expected, atol=0.02, rtol=0.02)
-    assert small(x).dtype == dtype and small.weight.dtype == torch.int8
+    assert (dequantized - weight).abs().max() <= scale.max() * 0.51
+    assert (small.packed is not None) == kernel and small.nbytes == weight.numel()
+    exact = x.double() @ dequantized.T
+    expected = exact + (linear.bias.double() if bias else 0)
+    worst = (small(x).double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert worst.max() < (3e-4 if dtype == torch.float32 else 1e-2)
+    assert small(x).dtype == dtype
 
 
 def test_a_quantized_model_decodes_nearly_as_before(model):
