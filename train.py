@@ -9,6 +9,9 @@ so a stage is only a generator of (x, y, w) and a way to evaluate; the loop belo
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
 """
 import contextlib
+import copy
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,16 +30,17 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import configure, read_settings
-from data.files import DATA, Tokens, cut_log, find, fresh_folder, is_ready, read_meta, write
-from data.tokenizer import Tokenizer
-from model import GPT, GPT2, GPT2_SIZES, GPTConfig
-from sample import auto_device, auto_dtype, generate, load_model, out_of_memory, peak_flops
+from data.files import cut_log, find, fresh_folder, mixture_of, read_meta, task_of, write
+from data.rows import Conversations, Mixture
+from data.tokenizer import Tokenizer, Voice
+from model import GPT, GPT2, GPT2_SIZES, GPTConfig, widened
+from sample import ask, auto_device, auto_dtype, generate, load_model, out_of_memory, peak_flops
 
 # what to do, from what, to where
-stage = 'pretrain'           # what feeds the loop: pretrain, or finetune (the same)
+stage = 'pretrain'           # pretrain, finetune (the same), sft, rl, dpo or distill
 init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-large|-xl]
 out_dir = 'out'              # where checkpoints, the log and the picture go
-dataset = 'openwebtext'      # a folder in data/
+dataset = 'openwebtext'      # a folder in data/, or a mixture: a:0.8,b:0.2
 fallback_dataset = ''        # instead of dataset, if that can be neither found nor downloaded
 seed = 1337                  # all chance comes from (seed, step, microstep, rank)
 eval_only = False            # evaluate once and stop
@@ -67,6 +71,7 @@ qk_norm = True               # normalize queries and keys
 activation = 'relu2'         # relu2, gelu or gelu_tanh
 tied = False                 # one table for the embedding and the head
 zero_init = True             # what writes into the residual stream starts at zero
+x0 = True                    # each block sees the embedding again, as much as it learns to want
 ngrams = 1                   # embed the last 2 .. ngrams tokens too; 1: the last one alone
 ngram_rows = 32768           # rows of the table that they are hashed into
 vocab_multiple = 64          # rows of the token tables are rounded up to this
@@ -83,62 +88,362 @@ warmup_iters = 2000          # steps of linear warm-up
 lr_decay_iters = 0           # where the decay ends; 0: at max_iters
 min_lr = 6e-5                # the rate there, for AdamW; Muon falls by the same factor
 warmdown = 0.0               # share of the steps over which the rate falls, linearly; 0: a cosine
+# the stages that need more than a data set
+num_prompts = 16             # questions in a step of rl, over all processes together
+num_samples = 8              # answers to each: a group
+max_new_tokens = 120         # tokens in an answer
+rollout_rows = 64            # answers that are written side by side
+updates = 1                  # of the weights for each rollout; from the second on with clip_ratio
+clip_ratio = 0.2             # how far a token's probability may go before it no longer counts
+divide_by_deviation = False  # of a group; overrates what is hardly ever solved (arXiv:2503.20783)
+eval_examples = 200          # held-out questions, answered greedily
+dpo_beta = 0.1               # how soon a pair counts as told apart
+teacher = ''                 # the run to distill from
+teacher_top = 16             # targets for a token: so many of the teacher's likeliest
+on_policy = True             # distill from the student's own answers; False: from the data set
+explain = False              # print a batch, each token with its target, weight and loss, and stop
 # the machine
 device = 'auto'              # cuda, cuda:1, mps or cpu
 dtype = 'auto'               # float32, bfloat16 or float16; auto: what is fastest here
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 
+TEXT_STAGES = 'pretrain', 'finetune'    # in which all of a conversation is in play
 MAX_SKIPS = 5   # so many steps in a row without a finite gradient end the run
 LEAST = dict(
     batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=1, eval_interval=1,
     log_interval=1, learning_rate=1e-9, seed=0, eval_iters=0, grad_clip=0, warmup_iters=0,
-    sample_tokens=0, weight_decay=0, muon_lr=0)
+    sample_tokens=0, weight_decay=0, muon_lr=0, num_prompts=1, num_samples=1, max_new_tokens=1,
+    rollout_rows=1, updates=1, clip_ratio=0, eval_examples=1, dpo_beta=0, teacher_top=1)
 
 
-def pretrain(run):
-    """Windows of a token file, each once an epoch; all is in play. -> batches(step), evaluate()"""
-    train, val = (Tokens(run.data, split, block_size + 1, run.model.config.vocab_size)
+def read(run):
+    """
+    Rows of a data set, each once an epoch: all of a text is in play, of conversations what the
+    assistant had to write (in pretrain and finetune all of them too). -> batches(step), evaluate()
+    """
+    train, val = (Mixture(run.data, split, block_size + 1, run.model.config.vocab_size,
+                          packed=stage not in TEXT_STAGES)
                   for split in ('train', 'val'))
+    say_cuts(run, train, val)
 
     def batches(step):
         """A step's microbatches (x, y, w) for this process, of rows shared out among all."""
         count = batch_size * gradient_accumulation_steps
-        rows = np.arange(step * count, (step + 1) * count)[run.rank::run.world]
-        starts = train.shuffled(rows, block_size, seed)
-        for i in range(0, len(starts), batch_size):
-            window = torch.from_numpy(train.windows(starts[i:i + batch_size], block_size + 1))
-            yield window[:, :-1], window[:, 1:], None
+        numbers = np.arange(step * count, (step + 1) * count)[run.rank::run.world]
+        for i in range(0, len(numbers), batch_size):
+            x, y = train.rows(numbers[i:i + batch_size], seed)
+            yield torch.from_numpy(x), torch.from_numpy(y), None
 
-    def held_out():
-        """Non-overlapping windows, every target once, in at most eval_iters batches."""
-        starts, repeats = val.cover(block_size, eval_iters * batch_size)
+    def held_out(source):
+        """Every held-out target of a data set once, in at most eval_iters batches."""
+        count = source.held_out()
+        numbers = np.arange(count)
+        if 0 < eval_iters * batch_size < count:
+            numbers = np.linspace(0, count - 1, eval_iters * batch_size).astype(int)
         unit = batch_size * run.world           # the last batch is filled up, with rows not in play
-        starts = np.append(starts, np.zeros(-len(starts) % unit, int))
-        repeats = np.append(repeats, np.full(-len(repeats) % unit, block_size))
-        for i in range(run.rank * batch_size, len(starts), unit):
-            window = torch.from_numpy(val.windows(starts[i:i + batch_size], block_size + 1))
-            x, y = window[:, :-1], window[:, 1:].clone()
-            y[torch.arange(block_size) < torch.from_numpy(repeats[i:i + batch_size, None])] = -1
+        numbers = np.append(numbers, np.full(-len(numbers) % unit, -1))
+        for i in range(run.rank * batch_size, len(numbers), unit):
+            some = numbers[i:i + batch_size]
+            x, y = map(torch.from_numpy, source.held_out_rows(some.clip(min=0)))
+            y[torch.from_numpy(some) < 0] = -1
             yield x, y, None
 
-    return batches, lambda: validation_loss(run, held_out())
+    def evaluate():
+        """Of a mixture: the losses of its parts, weighed by their shares."""
+        found = [validation_loss(run, held_out(source)) for source in val.sources]
+        metrics = {name: float(np.dot(val.shares, [part[name] for part in found]))
+                   for name in found[0]}
+        parts = zip(run.data, found, strict=True) if len(found) > 1 else ()
+        metrics.update({f'val_loss_{folder.name}': part['val_loss'] for folder, part in parts})
+        return metrics, metrics['val_loss']
+
+    return batches, evaluate
 
 
 def validation_loss(run, batches):
-    """Mean loss over the tokens in play in all processes' batches. -> metrics, score"""
+    """Mean loss over the tokens in play in all processes' batches. -> metrics"""
     bytes_of = torch.tensor(run.tokenizer.byte_lengths() + [0] * run.model.config.rows)
     total = torch.zeros(3, dtype=torch.float64)
     for x, y, w in batches:
-        loss = run.forward(x, y, w)[1].item()
+        loss = forward(run, run.network, x, y, w)[1].item()
         total += torch.tensor([loss, (y >= 0).sum(), bytes_of[y[y >= 0]].sum()])
     loss, count, size = all_sum(total, run)
-    metrics = {'val_loss': loss / count, 'val_bits_per_byte': loss / max(size, 1) / math.log(2)}
-    return metrics, metrics['val_loss']
+    if not count:
+        raise ValueError(f'--dataset={dataset}: nothing in its validation data is in play')
+    return {'val_loss': loss / count, 'val_bits_per_byte': loss / max(size, 1) / math.log(2)}
+
+
+def say_cuts(run, *splits):
+    cut = sum(split.cut for split in splits)
+    if cut:
+        run.say(f'{cut} conversations are longer than --block_size={block_size}: cut')
+
+
+def rl(run):
+    """
+    Group-relative policy gradient on a task's reward: what the model wrote is in play, and a token
+    weighs its answer's reward less the mean of its group (arXiv:2402.03300). -> batches, evaluate
+    """
+    if num_samples < 2:
+        raise ValueError(f'--num_samples={num_samples}: answers are compared, ask for 2 or more')
+    task, start = task_of(one_of(run.data)), frozen(run, run.lineage[-1]['init_from'])
+
+    def batches(step):
+        requests, rewards = rollouts(run, task, step)
+        advantage = rewards - rewards.mean(1, keepdims=True)
+        if divide_by_deviation:
+            advantage /= rewards.std(1, keepdims=True) + 1e-6
+        alive = np.repeat(np.ptp(rewards, 1) > 0, num_samples)  # a group of equals teaches nothing
+        texts = [written(request, weight) for request, weight, lives
+                 in zip(requests, advantage.flatten(), alive, strict=True) if lives]
+        rows = list(microbatches(run, texts))
+        note(run, dead_groups=1 - alive.mean())
+        if (step + 1) % log_interval == 0:
+            one_each = [written(request, 1) for request in requests[::num_samples]]
+            note(run, kl=distance(run, start, one_each))
+        before = [log_p(run, run.model, x, y) for x, y, _ in rows] if updates > 1 else []
+        for update in range(updates):
+            for i, (x, y, w) in enumerate(rows):
+                if update:      # the policy has moved since it wrote
+                    w = clipped(w, (log_p(run, run.model, x, y) - before[i]).exp())
+                yield x, y, w
+            yield None
+
+    return batches, lambda: accuracy(run, task)
+
+
+def rollouts(run, task, step):
+    """
+    The model's own answers to fresh questions of a task, at temperature 1 and from its whole
+    distribution: another one would not be the policy that is scored.
+    -> requests, rewards: (questions, num_samples)
+    """
+    asked = list(itertools.islice(task.examples('train', f'{seed} {step}'), num_prompts))
+    if len(asked) < num_prompts:
+        raise ValueError(f'--dataset={dataset} has only {len(asked)} questions to train on')
+    chances = np.random.SeedSequence((seed, step)).generate_state(num_prompts).tolist()
+    mine, began = slice(run.rank, None, run.world), time.perf_counter()
+    asked = asked[mine]
+    requests, rewards = ask(speaker(run), run.tokenizer, task, asked, chances[mine], rollout_rows,
+                            num_samples, max_new_tokens)
+    note(run, rollout_seconds=time.perf_counter() - began, reward=np.mean(rewards),
+         entropy=-np.mean([p for request in requests for p in request.logprobs if p is not None]),
+         truncated=np.mean([request.reason == 'length' for request in requests]),
+         answer_length=np.mean([len(request.ids) for request in requests]))
+    return requests, np.array(rewards).reshape(len(asked), num_samples)
+
+
+def speaker(run):
+    """The model as it answers: in this run's precision, so that its cache takes no more."""
+    return run.model if run.dtype == torch.float32 else copy.deepcopy(run.model).to(run.dtype)
+
+
+def clipped(w, ratio):
+    """
+    The weight that gives the gradient of PPO's clipped objective (arXiv:1707.06347), min(r w,
+    clip(r) w): it is r w, but 0 where the ratio r of the probabilities has gone far enough.
+    """
+    far = torch.where(w.to(ratio) > 0, ratio > 1 + clip_ratio, ratio < 1 - clip_ratio)
+    return (ratio * w.to(ratio)).masked_fill(far, 0.0)
+
+
+def accuracy(run, task):
+    """The mean reward of greedy answers to the same held-out questions each time."""
+    asked = list(itertools.islice(task.examples('val'), eval_examples))
+    if not asked:
+        raise ValueError(f'--dataset={dataset} has no questions to validate on')
+    mine = asked[run.rank::run.world]
+    requests, rewards = ask(speaker(run), run.tokenizer, task, mine, range(len(mine)),
+                            rollout_rows, most=max_new_tokens, temperature=0.0)
+    if mine:
+        question = task.conversation(mine[0])[-2]['content']
+        answer = Voice(run.tokenizer).hear(requests[0].ids, last=True)
+        run.say(f'  > {question}\n  | {answer}'.replace('\n', '\n  | '))
+    right = all_sum(torch.tensor([float(sum(rewards))]), run)[0] / len(asked)
+    return {'accuracy': right}, -right
+
+
+def dpo(run):
+    """
+    Direct preference optimization (arXiv:2305.18290) on pairs of conversations, the chosen one and
+    then the rejected one. Its loss is -log sigmoid(m), m = beta * (log-ratio of the chosen one to
+    the start - that of the rejected one), and the gradient beta * sigmoid(-m) times the gradient of
+    log p(rejected) - log p(chosen): a weight. -> batches(step), evaluate()
+    """
+    start = frozen(run, run.lineage[-1]['init_from'])
+    folder, vocabulary = one_of(run.data), run.model.config.vocab_size
+    train, val = (Conversations(folder, split, block_size + 1, vocabulary)
+                  for split in ('train', 'val'))
+    few, count = max(1, batch_size // 2), max(1, batch_size * gradient_accumulation_steps // 2)
+    say_cuts(run, train, val)
+    if len(train.spans) % 2 or len(val.spans) % 2:
+        raise ValueError(f'--dataset={dataset}: pairs come in twos, and a number of texts is odd')
+    if count % run.world:
+        raise ValueError(f'{count} pairs in a step do not divide among {run.world} processes')
+
+    def texts(split, pairs):
+        return [(*split.conversation(2 * pair + i), 1.0) for pair in pairs for i in (0, 1)]
+
+    def scores(model, split, pairs):
+        """-> log p of both texts of each pair: (pairs, 2)"""
+        found = []
+        for i in range(0, len(pairs), few):
+            x, y, _ = side_by_side(texts(split, pairs[i:i + few]))
+            found.append(log_p(run, model, x, y).sum(1).view(-1, 2))
+        return torch.cat(found)
+
+    known = {split: scores(start, split, range(len(split.spans) // 2)) for split in (train, val)}
+
+    def margins(split, pairs):
+        grown = scores(run.model, split, pairs) - known[split][pairs]
+        return dpo_beta * (grown[:, 0] - grown[:, 1])
+
+    def batches(step):
+        every = len(known[train])
+        pairs = [int(np.random.default_rng((seed, n // every)).permutation(every)[n % every])
+                 for n in range(step * count, (step + 1) * count)]
+        in_play = sum(mask.sum() for _, mask, _ in texts(train, pairs))
+        mine = pairs[run.rank::run.world]
+        for i in range(0, len(mine), few):
+            x, y, _ = side_by_side(texts(train, mine[i:i + few]))
+            m = margins(train, mine[i:i + few])
+            push = dpo_beta * torch.sigmoid(-m) * in_play / count   # a mean over pairs, not tokens
+            note(run, reward_gap=m.mean(), pairs_right=(m > 0).float().mean())
+            yield x, y, torch.stack((push, -push), 1).view(-1, 1).expand(y.shape)
+
+    def evaluate():
+        m = margins(val, list(range(len(known[val]))))
+        loss = -nn.functional.logsigmoid(m).mean().item()
+        return {'val_loss': loss, 'reward_gap': m.mean().item(),
+                'pairs_right': (m > 0).float().mean().item()}, loss
+
+    return batches, evaluate
+
+
+def distill(run):
+    """
+    Learn from a teacher. On policy: the student's own answers, each token weighing how much
+    likelier the teacher finds it: the gradient of the reverse KL by token (arXiv:2306.13649).
+    Else: each token of a data set has the teacher's likeliest ones as targets (arXiv:1503.02531).
+    """
+    guide = frozen(run, teacher)
+    if teacher_top > guide.config.vocab_size:
+        raise ValueError(f'--teacher_top={teacher_top}: there are {guide.config.vocab_size} tokens')
+    given, evaluate = (None, None) if on_policy else read(run)
+    task = task_of(one_of(run.data)) if on_policy else None
+
+    def own(step):
+        requests, _ = rollouts(run, task, step)
+        for x, y, _ in microbatches(run, [written(request, 1) for request in requests]):
+            yield x, y, log_p(run, guide, x, y) - log_p(run, run.model, x, y)
+
+    def soft(step):
+        for x, y, _ in given(step):
+            with torch.no_grad():
+                p, ids = forward(run, guide, x)[0].float().softmax(-1).topk(teacher_top)
+            ids[y < 0] = -1
+            yield x, ids, teacher_top * p / p.sum(-1, keepdim=True)     # N counts all of the ids
+
+    return (own, lambda: accuracy(run, task)) if on_policy else (soft, evaluate)
+
+
+def talks():
+    """Whether this stage learns from what the model itself writes."""
+    return stage == 'rl' or (stage == 'distill' and on_policy)
 
 
 # A stage gives batches(step), which yields (x, y, w), and evaluate() -> metrics, score to lower.
-STAGES = {'pretrain': pretrain, 'finetune': pretrain}
+# Where it yields None, the weights are updated before the step goes on.
+STAGES = {'pretrain': read, 'finetune': read, 'sft': read, 'rl': rl, 'dpo': dpo, 'distill': distill}
+
+
+def frozen(run, source):
+    """
+    A model that does not learn: a teacher, or what this run started from. Its weights are recorded
+    by their hash, so that no resumed run goes on with others. Weights w come from passes without
+    gradient, where a token dropped by chance would make them those of another model.
+    """
+    if dropout:
+        raise ValueError(f'--dropout={dropout}: must be 0 in stage {stage}')
+    if source in ('', 'scratch'):
+        raise ValueError(f'--stage={stage} needs a run that has learned something: --init_from= or '
+                         '--teacher=')
+    if Path(source).resolve() == Path(out_dir).resolve():
+        raise ValueError(f'--out_dir={out_dir} is the run that --teacher reads: choose another')
+    model, _ = load_fitting(run, source)
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    if run.lineage[-1].setdefault('frozen', digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(f'{source} is not the model that this run began with')
+    return model.to(run.device).eval()
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    before = model.training
+    model.eval()
+    yield
+    model.train(before)
+
+
+@torch.no_grad()
+def log_p(run, model, x, y):
+    """-> log p(y | x) under a model, 0 where y is not in play: (B, T)"""
+    with evaluating(model):
+        logits = forward(run, model, x)[0].float()
+    return -nn.functional.cross_entropy(logits.transpose(1, 2), y.to(logits.device),
+                                        ignore_index=-1, reduction='none')
+
+
+def distance(run, start, texts):
+    """How far the policy is from the start: log p - log p_start, mean over tokens it sampled."""
+    total = torch.zeros(2)
+    for x, y, _ in microbatches(run, texts):
+        far = log_p(run, run.model, x, y) - log_p(run, start, x, y)
+        total += torch.tensor([far.sum().item(), (y >= 0).sum()])
+    return (total[0] / total[1]).item()
+
+
+def written(request, weight):
+    """A request -> ids, in play, weight: in play is what the model itself sampled."""
+    return np.array(request.prompt + request.ids), np.array(request.in_play), weight
+
+
+def side_by_side(texts):
+    """Texts as (ids, in play, weight), padded at the right -> x, y, w: (B, T)"""
+    ids = np.zeros((len(texts), max(len(text) for text, _, _ in texts)), np.int64)
+    targets, weights = ids - 1, np.zeros(ids.shape, np.float32)
+    for i, (text, in_play, weight) in enumerate(texts):
+        ids[i, :len(text)] = text
+        targets[i, :len(text)] = np.where(in_play, text, -1)
+        weights[i] = weight
+    return tuple(map(torch.from_numpy, (ids[:, :-1], targets[:, 1:], weights[:, 1:])))
+
+
+def microbatches(run, texts):
+    """Texts as (ids, in play, weight), of like lengths together; as many in every process."""
+    texts = sorted(texts, key=lambda text: len(text[0]))
+    count = torch.tensor(-(-len(texts) // batch_size))
+    if run.world > 1:
+        count = count.to(run.device if dist.get_backend() == 'nccl' else 'cpu')
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+    for i in range(0, int(count) * batch_size, batch_size):
+        yield side_by_side(texts[i:i + batch_size] or [([0, 0], [False] * 2, 0)])
+
+
+def note(run, **values):
+    """Keep a stage's numbers for the next line of the log, which has the means of all processes."""
+    for name, value in values.items():
+        run.notes.setdefault(name, []).append(float(value))
+
+
+def one_of(parts):
+    """-> the one folder of run.data, for a stage that takes no mixture"""
+    if len(parts) > 1:
+        raise ValueError(f'--stage={stage} takes one data set, not the mixture {dataset}')
+    return next(iter(parts))
 
 
 def all_sum(values, run):
@@ -165,30 +470,42 @@ def schedule(step):
 
 
 def one_step(run, batches, step):
+    """The updates of a step, mostly a single one. -> what the last one gives"""
+    result = None
+    for there, update in itertools.groupby(batches(step), lambda batch: batch is not None):
+        if there:       # between them, None
+            result = one_update(run, update, step)
+    return result or one_update(run, [], step)
+
+
+def one_update(run, update, step):
     """
     Back-propagate the sum over every microbatch, divide once by N, update. -> loss, N, norm of the
     gradient. Without a finite gradient, or with nothing in play, the weights stay as they are.
     """
-    total, count, micro = torch.zeros((), device=run.device), 0, 0
-    following = iter(batches(step))
-    batch = next(following)
+    total, count, size, micro = torch.zeros((), device=run.device), 0, 0, 0
+    following = iter(update)
+    batch = next(following, None)
     while batch is not None:
         x, y, w = batch
         count += int((y >= 0).sum())
+        size += x.numel()
         chance = np.random.SeedSequence((seed, step, micro, run.rank)).generate_state(1)
         torch.manual_seed(int(chance[0]))       # dropout's
         batch, micro = next(following, None), micro + 1
-        last = batch is None or run.world == 1  # processes exchange their gradients once a step
+        last = batch is None or run.world == 1  # processes exchange their gradients once an update
         with contextlib.nullcontext() if last else run.network.no_sync():
-            _, loss = run.forward(x, y, w)
+            _, loss = forward(run, run.network, x, y, w)
             run.scaler.scale(loss).backward()
         total += loss.detach()
-    sums = torch.tensor([total.item(), count, run.asked_to_stop], dtype=torch.float64)
-    loss, count, run.stop = all_sum(sums, run)  # so that all stop after the same step
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    sums = torch.tensor([total.item(), count, size, run.asked_to_stop], dtype=torch.float64)
+    loss, count, size, run.stop = all_sum(sums, run)    # so that all stop after the same step
+    run.tokens += int(size)
     scale = run.world / max(count, 1)           # DistributedDataParallel has divided by run.world
+    if count:
+        for optimizer in run.optimizers:
+            run.scaler.unscale_(optimizer)
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).item() * scale
     finite = math.isfinite(norm) and math.isfinite(loss)
     probing = run.scaler.is_enabled() and math.isfinite(loss)   # fp16 looks for its scale
@@ -200,14 +517,24 @@ def one_step(run, batches, step):
             for group in optimizer.param_groups:
                 group['lr'] = optimizer.peak_lr * schedule(step)
             run.scaler.step(optimizer)
-    run.scaler.update()
+    if count:
+        run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return loss / max(count, 1), int(count), norm
 
 
+def forward(run, network, *batch):
+    """A network's forward in this run's precision; what is not on the device yet goes there."""
+    if run.device.startswith('cuda'):   # pinned, so that the copy overlaps the GPU's work
+        batch = [t.pin_memory() if t is not None and not t.is_cuda else t for t in batch]
+    batch = [t if t is None else t.to(run.device, non_blocking=True) for t in batch]
+    with torch.autocast(run.device.split(':')[0], run.dtype, run.dtype != torch.float32):
+        return network(*batch)
+
+
 def loop(run, batches, evaluate):
     """The loop: evaluate and save when it is due, else one step."""
-    first, losses, logged = run.step, [], run.seconds
+    first, losses, logged = run.step, [], (run.seconds, run.tokens)
     peak, flops = peak_flops(run.device, run.dtype), run.model.flops_per_token(block_size)
     bar = tqdm(total=max_iters, initial=first, disable=run.rank > 0 or not sys.stdout.isatty())
     while True:
@@ -230,12 +557,16 @@ def loop(run, batches, evaluate):
             raise ValueError(f'{MAX_SKIPS} steps in a row were not finite: lower --learning_rate '
                              f'and --muon_lr; the last good checkpoint, if any, is in {out_dir}')
         if run.step % log_interval == 0:
-            rate = len(losses) * run.step_tokens / (run.seconds - logged)
+            seconds, tokens = run.seconds - logged[0], run.tokens - logged[1]
+            rate, loss = tokens / seconds, float(np.mean(losses))
             mfu = flops * rate / (peak * run.world) if peak else None
-            loss, losses, logged = float(np.mean(losses)), [], run.seconds
-            log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu)
-            run.say(f'step {run.step}: loss {loss:.4f}, {1e3 * run.step_tokens / rate:.0f} ms, '
-                    f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if peak else ''))
+            notes = {name: all_sum(torch.tensor([np.mean(values)]), run)[0] / run.world
+                     for name, values in run.notes.items()}
+            log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu, **notes)
+            run.say(f'step {run.step}: loss {loss:.4f}, {1e3 * seconds / len(losses):.0f} ms, '
+                    f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if peak else '')
+                    + ''.join(f', {name} {value:.3g}' for name, value in notes.items()))
+            losses, logged, run.notes = [], (run.seconds, run.tokens), {}
         if run.step == first + 1:
             began = run.seconds     # the first step may have compiled
         if run.step == first + 10:
@@ -273,7 +604,7 @@ def assess(run, evaluate):
 
 
 def log(run, **metrics):
-    line = dict(step=run.step, tokens=run.step * run.step_tokens, seconds=run.seconds, **metrics)
+    line = dict(step=run.step, tokens=run.tokens, seconds=run.seconds, **metrics)
     if run.rank == 0:
         with open(Path(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as file:
             file.write(json.dumps(line) + '\n')
@@ -282,17 +613,21 @@ def log(run, **metrics):
 
 
 def plot(source, target):
-    """Redraw the losses in log.jsonl."""
+    """Redraw what log.jsonl says of losses and, where there are answers, rewards and accuracy."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
     lines = [json.loads(line) for line in source.read_text(encoding='utf-8').splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, style in ('loss', '-'), ('val_loss', 'o-'):
-        points = [(line['step'], line[key]) for line in lines if key in line]
-        axes.plot(*zip(*points or [(0, math.nan)], strict=True), style, label=key, markersize=3)
-    axes.set(title=f'{stage} on {dataset}', xlabel='step', ylabel='loss (nats per token)')
-    axes.legend()
+    panels = {'loss (nats per token)': ('loss', 'val_loss'), 'share': ('reward', 'accuracy')}
+    panels = {label: keys for label, keys in panels.items()
+              if label != 'share' or any(key in line for key in keys for line in lines)}
+    figure, axes = pyplot.subplots(len(panels), figsize=(7, 4 * len(panels)), squeeze=False)
+    for axis, (label, keys) in zip(axes[:, 0], panels.items(), strict=True):
+        for key, style in zip(keys, ('-', 'o-'), strict=True):
+            points = [(line['step'], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points or [(0, math.nan)], strict=True), style, label=key, markersize=3)
+        axis.set(title=f'{stage} on {dataset}', xlabel='step', ylabel=label)
+        axis.legend()
     figure.savefig(target, dpi=100, bbox_inches='tight')
     pyplot.close(figure)
 
@@ -305,7 +640,8 @@ def save(run, name):
         'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
         'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
         'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
-        'seconds': run.seconds, 'tokenizer': run.tokenizer.spec, 'lineage': run.lineage}
+        'seconds': run.seconds, 'tokens': run.tokens, 'tokenizer': run.tokenizer.spec,
+        'lineage': run.lineage}
     write(Path(out_dir, name), lambda file: torch.save(content, file))
 
 
@@ -319,14 +655,22 @@ def preflight(run, model, origin):
     # a few more; of its logits there are two in this precision and two in fp32.
     work = rows * (c.n_layer * 22 * c.n_embd * size + c.rows * (2 * size + 8))
     state = 4 * (2 * total - muon)
-    tokens, seen = max_iters * run.step_tokens, run.meta.get('counts', {}).get('train')
+    tokens, seen = max_iters * run.step_tokens, run.tokens_there
+    if talks():
+        work += min(rollout_rows, num_prompts * num_samples) * block_size * size * (
+            2 * c.n_layer * c.n_embd * c.n_kv_head // c.n_head)
+        step = f'{num_prompts} questions, {num_samples} answers of {max_new_tokens} tokens at most'
+        whole = f'{max_iters * num_prompts * num_samples:,} answers'
+    else:
+        step = (f'{run.step_tokens:,} tokens: {gradient_accumulation_steps} x {batch_size} rows of '
+                f'{block_size}')
+        whole = f'{tokens:,} tokens, {flops * tokens:.1e} FLOPs, ' + (
+            f'{tokens / seen:.2f} epochs of {seen:,} tokens' if seen else 'data of unknown length')
     run.say(f"""{stage} on {dataset} from {init_from}, into {out_dir}
   model       {total / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide; \
 {flops / 1e6:.1f} MFLOPs per token
-  a step      {run.step_tokens:,} tokens: {gradient_accumulation_steps} x {batch_size} rows of \
-{block_size}
-  the run     {max_iters:,} steps, {tokens:,} tokens, {flops * tokens:.1e} FLOPs, \
-{f'{tokens / seen:.2f} epochs of {seen:,} tokens' if seen else 'data of unknown length'}
+  a step      {step}
+  the run     {max_iters:,} steps, {whole}
   memory      about {(8 * total + state + work) / 1e9:.2f} GB: {8 * total / 1e9:.2f} weights and \
 gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   checkpoint  {(4 * total + state) / 1e6:.1f} MB, and as much for the best one
@@ -342,7 +686,7 @@ def setup():
     run = SimpleNamespace(
         rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
         local_rank=int(os.environ.get('LOCAL_RANK', 0)), stop=0, asked_to_stop=0, skipped=0,
-        step=0, seconds=0.0, best=math.inf, lineage=[], wandb=None,
+        step=0, tokens=0, seconds=0.0, best=math.inf, lineage=[], notes={}, wandb=None,
         step_tokens=batch_size * gradient_accumulation_steps * block_size)
     run.say = (lambda text: tqdm.write(text, sys.stdout)) if run.rank == 0 else lambda text: None
     if stage not in STAGES:
@@ -355,6 +699,8 @@ def setup():
     if batch_size * gradient_accumulation_steps % run.world:
         raise ValueError(f'--batch_size={batch_size} x --gradient_accumulation_steps='
                          f'{gradient_accumulation_steps} do not divide among {run.world} processes')
+    if talks() and num_prompts % run.world:
+        raise ValueError(f'--num_prompts={num_prompts} do not divide among {run.world} processes')
     run.device = auto_device(device, run.local_rank)
     run.dtype = auto_dtype(dtype, run.device)
     run.compile = run.device.startswith('cuda') if compile is None else compile
@@ -378,16 +724,23 @@ def find_data(run):
     global dataset, out_dir
     names = [name for name in (dataset, fallback_dataset) if name]
     if run.local_rank == 0:
-        for problem in find(names, prepare=not dry_run):
+        for problem in find(names, prepare=not dry_run)[1]:
             run.say(problem + ("; GPT-2's vocabulary is assumed" if dry_run else ''))
     if run.world > 1:
         dist.barrier()
-    name = next((name for name in names if is_ready(DATA / name)), dataset)
+    name = find(names, prepare=False)[0]
     if name != dataset:
         out_dir = out_dir.replace(dataset.replace('_', '-'), name.replace('_', '-'))
         run.say(f'!!! NOT {dataset.upper()}: TRAINING ON {name.upper()} INSTEAD, IN {out_dir} !!!')
         dataset = name
-    run.data, run.meta = DATA / name, read_meta(DATA / name)
+    run.data = mixture_of(name)
+    metas = {folder: read_meta(folder) for folder in run.data}
+    run.meta = next(iter(metas.values()))
+    run.hashes = {str(folder): meta.get('sha256', {}) for folder, meta in metas.items()}
+    run.tokens_there = sum(meta.get('counts', {}).get('train', 0) for meta in metas.values())
+    alike = all(meta['tokenizer'] == run.meta['tokenizer'] for meta in metas.values())
+    if not (alike or dry_run):
+        raise ValueError(f'--dataset={dataset}: these do not have the same tokenizer')
     run.config = {name: globals()[name] for name in read_settings(__file__)}
 
 
@@ -396,17 +749,27 @@ def architecture(vocab_size):
     return GPTConfig(**settings, vocab_size=vocab_size)
 
 
+def load_fitting(run, source):
+    """-> a model that fits the data and the settings, and its checkpoint (ValueError)"""
+    model, tokenizer, checkpoint = load_model(source, dropout)
+    if tokenizer.spec != run.meta['tokenizer'] and not dry_run:
+        raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
+    if stage not in TEXT_STAGES and model.config.vocab_size < run.meta['vocab_size']:
+        model = widened(model, run.meta['vocab_size'])      # GPT-2 knows no chat tokens
+    if block_size > model.config.block_size:
+        raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
+    return model, checkpoint
+
+
 def make_model(run):
     """-> model on the CPU, and the checkpoint that it comes from ({} if from scratch)"""
     if init_from == 'resume' and not Path(out_dir, 'ckpt.pt').exists():
+        if stage not in TEXT_STAGES:
+            raise ValueError(f'{out_dir}: nothing is saved there yet: leave --init_from=resume out')
         run.say(f'{out_dir}: nothing is saved there yet, so this starts from scratch')
     elif init_from != 'scratch' and not (dry_run and init_from in GPT2_SIZES):
         source = f'{out_dir}/ckpt.pt' if init_from == 'resume' else init_from
-        model, tokenizer, checkpoint = load_model(source, dropout)
-        if tokenizer.spec != run.meta['tokenizer']:
-            raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
-        if block_size > model.config.block_size:
-            raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
+        model, checkpoint = load_fitting(run, source)
         if init_from == 'resume' and dtype == 'auto':   # measured then; a busy machine may differ
             run.dtype = getattr(torch, checkpoint['config'].get('dtype', 'auto'), run.dtype)
         return model, checkpoint
@@ -441,9 +804,10 @@ def prepare(run, model, checkpoint):
             run.scaler.load_state_dict(checkpoint['scaler'])
         run.step, run.best = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
         run.seconds = checkpoint.get('seconds', 0.0)
+        run.tokens = checkpoint.get('tokens', run.step * run.step_tokens)
     else:
         run.lineage = run.lineage + [{'stage': stage, 'dataset': dataset, 'init_from': init_from,
-                                      'data': run.meta.get('sha256', {})}]
+                                      'data': run.hashes}]
     if all_sum(torch.tensor([float(run.step)]), run)[0] != run.step * run.world:
         raise ValueError(f'{out_dir}/ckpt.pt differs between processes: copy it to each node')
     run.network = torch.compile(model) if run.compile else model
@@ -452,25 +816,39 @@ def prepare(run, model, checkpoint):
         run.network = nn.parallel.DistributedDataParallel(
             run.network, device_ids=devices, broadcast_buffers=False)
     batches_evaluate = STAGES[stage](run)
-    if run.rank == 0 and resumed and not eval_only:
+    if run.rank or eval_only or explain:
+        return batches_evaluate
+    if resumed:
         cut_log(Path(out_dir, 'log.jsonl'), run.step)
-    elif run.rank == 0 and not eval_only:
+    else:
         aside = fresh_folder(out_dir)
         if aside:
             run.say(f'{out_dir} holds a run already: moved to {aside}')
-    if wandb_log and run.rank == 0:
+    if wandb_log:
         import wandb
         run.wandb = wandb
         wandb.init(project=wandb_project, name=wandb_run_name, config=run.config)
-
-    def forward(*batch):
-        if run.device.startswith('cuda'):   # pinned, so that the copy overlaps the GPU's work
-            batch = [t if t is None else t.pin_memory() for t in batch]
-        batch = [t if t is None else t.to(run.device, non_blocking=True) for t in batch]
-        with torch.autocast(run.device.split(':')[0], run.dtype, run.dtype != torch.float32):
-            return run.network(*batch)
-    run.forward = forward
     return batches_evaluate
+
+
+def show(run, batch):
+    """Print a batch: each token and its target, in colour if that is in play, its weight, loss."""
+    if batch is None:
+        raise ValueError('nothing is in play in this step')
+    x, y, w = batch
+    first = y if y.dim() == 2 else y[..., 0]    # the likeliest of several targets
+    losses = -log_p(run, run.model, x, first)
+    w = torch.ones(y.shape) if w is None else w.expand(y.shape)
+    w = w if w.dim() == 2 else w[..., 0]
+    for row in range(len(x)):
+        run.say(f'row {row}: token, target, weight, loss')
+        for token, target, weight, loss in zip(x[row], first[row], w[row], losses[row]):
+            text, colour = repr(run.tokenizer.decode([int(token)])), '\033[2m'  # dim
+            if target >= 0:
+                text = f'{text:<16} {run.tokenizer.decode([int(target)])!r:<16}'
+                text += f' {weight:8.3f} {loss:8.3f}'
+                colour = '\033[32m' if weight >= 0 else '\033[31m'     # green, red
+            run.say(f'{colour}{text}\033[0m' if sys.stdout.isatty() else text)
 
 
 def finish(run, number, _frame):
@@ -488,6 +866,8 @@ def main():
         preflight(run, model, origin)
         if not dry_run:
             batches, evaluate = prepare(run, model, checkpoint)
+            if explain:
+                return show(run, next(iter(batches(run.step)), None))
             for number in signal.SIGINT, signal.SIGTERM:
                 signal.signal(number, lambda *caught: finish(run, *caught))
             loop(run, batches, evaluate)

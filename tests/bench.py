@@ -7,6 +7,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py mixed          # 256 requests of mixed lengths, in 32 rows
     python tests/bench.py int8 out-shakespeare-char     # a run's validation loss with int8 weights
     python tests/bench.py steps          # the laptop run's steps beside nanoGPT's recipe's
+    python tests/bench.py rl out-arithmetic-sft         # where a step of RL spends its time
     python tests/bench.py server         # 16 clients of the web server against the bare loop
 """
 
@@ -28,7 +29,6 @@ from data.files import DATA, Tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 from sample import (  # noqa: E402
-    Int8Linear,
     Request,
     auto_device,
     decode,
@@ -196,10 +196,56 @@ def int8(folder):
     model.eval()
     before = loss()
     quantized(model)
-    for name, few in ('unpacked', 0), ('in the kernel', 10**9):
-        Int8Linear.few = few
-        after = loss()
-        print(f'{folder}: {before:.5f}, int8 {name} {after:.5f}: {after / before - 1:+.4%}')
+    after = loss()
+    print(f'{folder}: {before:.5f}, with int8 weights {after:.5f}: {after / before - 1:+.4%}')
+
+
+def rl(folder):
+    """Ten steps of RL from a run: seconds in rollouts, in scoring answers, and in learning."""
+    import train
+
+    spent = {'rollouts': 0.0, 'scoring': 0.0}
+
+    def stopwatch(name, action):
+        def timed(*args, **how):
+            began = time.perf_counter()
+            result = action(*args, **how)
+            spent[name] += time.perf_counter() - began
+            return result
+
+        return timed
+
+    with tempfile.TemporaryDirectory() as out:
+        layers = ['config/arithmetic_rl.py', f'--init_from={folder}', f'--out_dir={out}/out']
+        configure(vars(train), [*layers, '--log_interval=1000000'])
+        run = train.setup()
+        batches, _ = train.prepare(run, *train.make_model(run))
+    task = train.task_of(next(iter(run.data)))
+    task.reward = stopwatch('scoring', task.reward)
+    train.task_of, train.ask = (lambda folder: task), stopwatch('rollouts', train.ask)
+    batches, _ = train.rl(run)
+    for step in range(11):
+        if step == 1:  # the first one warms up
+            began, run.notes, run.tokens = time.perf_counter(), {}, 0
+            spent.update(rollouts=0.0, scoring=0.0)
+        train.one_step(run, batches, step)
+    whole, answers = time.perf_counter() - began, train.num_prompts * train.num_samples
+    tokens = 10 * answers * np.mean(run.notes['answer_length'])
+    rollouts, dead = spent['rollouts'] - spent['scoring'], np.mean(run.notes['dead_groups'])
+    learning, learned = whole - spent['rollouts'], run.tokens
+    print(
+        f'a step of {answers} answers: {whole / 10:.2f} s; rollouts {rollouts / whole:.0%} '
+        f'({tokens / rollouts:,.0f} tokens/s), scoring {spent["scoring"] / whole:.1%}, learning '
+        f'{learning / whole:.0%} ({learned / learning:,.0f} tokens/s with the questions)'
+    )
+    requests, _ = train.rollouts(run, task, 11)
+    began = time.perf_counter()
+    everything = [train.written(request, 0.1) for request in requests]
+    train.one_update(run, train.microbatches(run, everything), 11)
+    print(
+        f'{dead:.0%} of the groups are dead; learning takes {learning / 10:.2f} s without them, '
+        f'{time.perf_counter() - began:.2f} s with them'
+    )
 
 
 def server():
@@ -274,8 +320,8 @@ def steps():
 if __name__ == '__main__':
     chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server', 'steps']
     print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
-    if chosen[0] == 'int8':
-        int8(chosen[1])
+    if chosen[0] in ('int8', 'rl'):
+        globals()[chosen[0]](chosen[1])
     else:
         for name in chosen:
             globals()[name]()

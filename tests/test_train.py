@@ -47,7 +47,7 @@ def settings(monkeypatch, dataset):
 def make_run(dataset, model=None, **changes):
     model = model or tiny(block_size=16, vocab_size=40)
     made = SimpleNamespace(
-        data=dataset,
+        data={dataset: 1.0},
         rank=0,
         world=1,
         device='cpu',
@@ -57,7 +57,11 @@ def make_run(dataset, model=None, **changes):
         stop=0,
         asked_to_stop=0,
         tokenizer=Tokenizer(read_meta(dataset)['tokenizer']),
-        forward=model,
+        dtype=torch.float32,
+        tokens=0,
+        notes={},
+        lineage=[{'init_from': 'scratch'}],
+        say=lambda text: None,
         optimizers=model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 0.02, torch.float32),
         scaler=torch.amp.GradScaler('cuda', enabled=False),
     )
@@ -142,7 +146,7 @@ def test_the_batch_of_a_step_is_the_same_for_every_number_of_processes(dataset, 
     def rows(world, step):
         parts = []
         for rank in range(world):
-            batches, _ = train.pretrain(make_run(dataset, rank=rank, world=world))
+            batches, _ = train.read(make_run(dataset, rank=rank, world=world))
             parts.append(torch.cat([torch.cat((x, y[:, -1:]), 1) for x, y, _ in batches(step)]))
         return sorted(torch.cat(parts).tolist())
 
@@ -157,7 +161,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(
         np.arange(800, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')  # a token is its place
     settings(batch_size=1, gradient_accumulation_steps=6, seed=seed)
     model = tiny(block_size=16, vocab_size=1000)
-    batches, _ = train.pretrain(make_run(dataset, model, data=tmp_path))
+    batches, _ = train.read(make_run(dataset, model, data={tmp_path: 1.0}))
     orders = []
     for epoch in range(3):  # (800 - 1) // 16 - 1 = 48 windows are 8 steps of 6 rows
         rows = [row for step in range(8 * epoch, 8 * epoch + 8) for row in batches(step)]
@@ -179,7 +183,7 @@ def test_evaluation_is_the_loss_over_every_target_once(dataset, settings):
     y[: last + 17 - len(val)] = -1
     assert 0 < (y >= 0).sum() < 16
     total += run.model(val[None, -17:-1], y[None])[1].item()
-    metrics, score = train.pretrain(run)[1]()
+    metrics, score = train.read(run)[1]()
     assert score == metrics['val_loss'] == pytest.approx(total / (len(val) - 1), rel=1e-5)
     assert metrics['val_bits_per_byte'] == pytest.approx(
         score / np.log(2), rel=1e-5
@@ -189,15 +193,15 @@ def test_evaluation_is_the_loss_over_every_target_once(dataset, settings):
         part = make_run(dataset, rank=rank, world=3)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, 'all_sum', lambda values, run: (sums.append(values), [1, 1, 1])[1])
-            train.pretrain(part)[1]()
+            train.read(part)[1]()
     assert (sum(sums)[0] / sum(sums)[1]).item() == pytest.approx(score, rel=1e-5)
 
 
 def test_eval_iters_caps_the_batches(dataset, settings):
     settings(eval_iters=2)
     run, seen = make_run(dataset), []
-    run.forward = lambda x, y, w: (seen.append(x.shape[0]), (None, torch.zeros(())))[1]
-    train.pretrain(run)[1]()
+    run.network = lambda x, y, w: (seen.append(x.shape[0]), (None, torch.zeros(())))[1]
+    train.read(run)[1]()
     assert seen == [4, 4]
 
 
@@ -470,22 +474,18 @@ def test_the_card_foretells_the_size_of_a_checkpoint(dataset, tmp_path, muon):
 
 def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monkeypatch):
     """As config/train_shakespeare_char.py does it: Shakespeare is neither there nor to be had."""
-    import importlib
-
     import requests
 
-    shakespeare = importlib.import_module('data.shakespeare_char.prepare')
     monkeypatch.setattr(
         requests, 'get', lambda *a, **k: (_ for _ in ()).throw(requests.ConnectionError())
     )
-    monkeypatch.setattr(shakespeare, 'HERE', tmp_path / 'data' / 'shakespeare_char')
     for name in 'shakespeare_char', 'pydocs_char':
         (tmp_path / 'data' / name).mkdir(parents=True)
-        (tmp_path / 'data' / name / 'prepare.py').write_text('')
+        script = (ROOT / 'data' / name / 'prepare.py').read_text()
+        (tmp_path / 'data' / name / 'prepare.py').write_text(script)
     np.zeros(99, np.uint16).tofile(tmp_path / 'data' / 'pydocs_char' / 'train.bin')
     said = []
     monkeypatch.setattr(files, 'DATA', tmp_path / 'data')
-    monkeypatch.setattr(train, 'DATA', tmp_path / 'data')
     for name, value in dict(
         dataset='shakespeare_char',
         fallback_dataset='pydocs_char',
@@ -495,7 +495,7 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
         monkeypatch.setattr(train, name, value)
     made = SimpleNamespace(rank=0, local_rank=0, world=1, say=said.append)
     train.find_data(made)
-    assert made.data == tmp_path / 'data' / 'pydocs_char'
+    assert made.data == {tmp_path / 'data' / 'pydocs_char': 1.0}
     assert made.config['dataset'] == 'pydocs_char' and made.config['out_dir'] == train.out_dir
     assert (train.dataset, train.out_dir) == ('pydocs_char', 'out-pydocs-char')
     assert any('NOT SHAKESPEARE_CHAR' in line for line in said) and any(
@@ -559,9 +559,16 @@ def test_running_out_of_memory_says_what_to_halve_and_what_to_double(dataset, tm
 @pytest.mark.parametrize(
     'config', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem
 )
-def test_every_config_is_accepted_and_dry_runs(config):
-    text = inside('train.py', config, '--dry_run=True', '--device=cpu', '--dtype=float32')
+def test_every_config_is_accepted_and_dry_runs(config, tmp_path):
+    how = ['--dry_run=True', '--device=cpu', '--dtype=float32']
+    source = re.search(r"^init_from = '(out-.*)'", config.read_text(), re.M)
+    if source:  # its model is that of another run, which must be there
+        text = inside('train.py', config, *how, cwd=tmp_path, ok=False)
+        assert f'{source[1]}: no run there' in text
+        how.append('--init_from=scratch')
+    text = inside('train.py', config, *how)
     assert 'parameters' in text and 'FLOPs per token' in text
+    assert ('answers of' in text) == (config.stem.endswith('_rl'))
 
 
 def test_a_nanogpt_checkpoint_resumes_with_its_optimizer(dataset, tmp_path):

@@ -1,0 +1,20 @@
+# A small model that learns to write about who has how many: the ground of the stages that follow.
+#   python train.py config/arithmetic_base.py
+out_dir = 'out-arithmetic-base'
+dataset = 'arithmetic_text'
+n_layer = 4
+n_head = 2
+n_embd = 128
+block_size = 256
+batch_size = 8
+gradient_accumulation_steps = 1
+ngrams = 4
+learning_rate = 3e-3
+muon_lr = 0.02
+min_lr = 0.0
+warmup_iters = 10
+warmdown = 0.6
+max_iters = 1200        # 0.8 epochs; with 800 the next stage was worse at copying numbers
+eval_interval = 600
+eval_iters = 20
+log_interval = 20
