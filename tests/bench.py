@@ -3,6 +3,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
 
     python tests/bench.py cache          # with the KV cache against without
     python tests/bench.py transformers   # GPT-2 124M's shape beside transformers.generate
+    python tests/bench.py large          # GPT-2 774M's shape, one row, int8 beside bf16
     python tests/bench.py batch          # 64 samples at once against 64 one by one
     python tests/bench.py mixed          # 256 requests of mixed lengths, in 32 rows
     python tests/bench.py int8 out-shakespeare-char     # a run's validation loss with int8 weights
@@ -128,6 +129,23 @@ def transformers():
             f'the same with int8 weights: {64 / small:.1f} tokens/s, {fast / small:.2f} x; '
             f'{share(bytes_, small / 64)}'
         )
+
+
+def large():
+    """Where reading the weights is nearly all of the work."""
+    shape = dict(GPT2, n_layer=36, n_head=20, n_embd=1280, block_size=1024, vocab_size=50257)
+    for dtype in torch.bfloat16, torch.float32:
+        with torch.device('meta'):
+            model = GPT(GPTConfig(**shape))
+        model = model.to(dtype).to_empty(device=DEVICE).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        model.lm_head.bias.zero_()
+        if dtype == torch.float32:
+            quantized(model)
+        one = timed(lambda model=model: generate(model, [[1]], 32, temperature=0)) / 32
+        kind = 'bf16' if dtype == torch.bfloat16 else 'int8'
+        print(f'GPT-2 774M, one row, {kind}: {1 / one:.1f} tokens/s, {share(model, one)}')
 
 
 def batch():

@@ -184,7 +184,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(monkeypatch, capsys):
             return super().hear(ids, last)
 
     monkeypatch.setattr(sample, 'Voice', Stopping)
-    text = converse(monkeypatch, capsys, ['be', 'or'])
+    text = converse(monkeypatch, capsys, ['be', 'or', 'not', 'to'])
     assert text.count('(stopped)') == 1 and len(calls) >= 4
     assert 'Ctrl-D ends' in converse(monkeypatch, capsys, [KeyboardInterrupt(), 'be'])
 

@@ -9,7 +9,7 @@ from conftest import ROOT, inside, run
 from configurator import configure, read_settings
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-FOUND = re.findall(r'(?:python|&&)[^\n|`]*?\b((?:train|sample)\.py[^\n`#]*)', README)
+FOUND = re.findall(r'(?:python|&&)[^\n|`&]*?\b((?:train|sample)\.py[^\n`#&]*)', README)
 COMMANDS = sorted({command.strip() for command in FOUND if '--help' not in command})
 NANOGPT = """
 train.py config/train_shakespeare_char.py
