@@ -315,3 +315,21 @@ def test_a_widened_model_says_the_same_of_the_tokens_it_knew(family):
     torch.testing.assert_close(new[..., :50], old)
     torch.testing.assert_close(new[..., 50:], old.mean(-1, keepdim=True).expand(-1, -1, 7))
     assert (wider.lm_head.weight is wider.transformer.wte.weight) == model.config.tied
+
+
+def test_each_block_sees_the_embedding_again_as_much_as_it_learned_to_want():
+    plain, model = tiny(x0=False), tiny(seed=1)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    model.keep.data = torch.tensor([1.0, 1.0])
+    model.again.data = torch.tensor([0.0, 0.0])
+    idx = torch.randint(50, (2, 9))
+    torch.testing.assert_close(model(idx)[0], plain(idx)[0])
+    model.keep.data = torch.tensor([0.9, 0.5])
+    model.again.data = torch.tensor([0.2, -0.3])
+    rope = model.rope[:, torch.arange(9)[None]]
+    first, second = model.transformer.h
+    x0 = F.rms_norm(model.transformer.wte(idx), (32,))
+    x = first(1.1 * x0, rope, None)
+    x = second(0.5 * x - 0.3 * x0, rope, None)
+    expected = F.rms_norm(x, (32,)) @ model.lm_head.weight.T
+    torch.testing.assert_close(model(idx)[0], expected[..., :50], atol=1e-5, rtol=1e-4)
