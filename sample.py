@@ -60,6 +60,7 @@ device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: what is fastest here
 compile = False         # torch.compile the model
 
+TEXT_STAGES = 'pretrain', 'finetune'    # of training, in which all of a conversation is in play
 GPU_FLOPS = {   # dense bf16 (fp16 before Ampere), from the vendors' data sheets
     'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
     'A10': 125e12, '5090': 210e12, '4090': 165e12, '3090': 71e12, 'V100': 125e12, 'T4': 65e12}
@@ -432,38 +433,50 @@ def grade(runs, where, kind):
             print(f'{num_examples} questions'.ljust(width), *table[folder], sep='  ')
         cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())
         print(folder.ljust(width), *cells, sep='  ', flush=True)
-    accuracies = {folder: columns['all'] for folder, columns in table.items()}
-    picture(accuracies, Path(runs[-1], 'stages.png'))
+    target = Path(runs[-1], 'stages.png')
+    picture(runs, target, f'the stages on data/{task}', [row['all'] for row in table.values()])
+    print(f'drawn: {target}')
 
 
-def picture(accuracies, target):
-    """The logs of runs that followed each other, as one picture: losses, rewards, accuracy."""
+def picture(runs, target, title, accuracies=()):
+    """
+    Draw the logs of runs that followed each other, over minutes of training: losses and, where
+    there are answers, rewards and accuracy. accuracies: a star for each run, at its end.
+    """
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    figure, (above, below) = pyplot.subplots(2, figsize=(7, 7), sharex=True)
-    began, labels = 0.0, {'loss': above, 'val_loss': above, 'reward': below, 'accuracy': below}
-    for folder, accuracy in accuracies.items():
-        log = Path(folder, 'log.jsonl')
-        lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
-        lines = [json.loads(line) for line in lines]
-        for i, (key, axis) in enumerate(labels.items()):
-            points = [((began + line['seconds']) / 60, line[key]) for line in lines if key in line]
-            if points and not (key == 'loss' and any('reward' in line for line in lines)):
-                axis.plot(*zip(*points, strict=True), 'o-' if i % 2 else '-', markersize=3,
-                          color=f'C{i}', label=None if key in axis.get_legend_handles_labels()[1]
-                          else key)
-        began += lines[-1]['seconds'] if lines else 0.0
-        below.plot(began / 60, accuracy, 'k*', markersize=10)
-        below.annotate(f'{Path(folder).name}: {accuracy:.1%}', (began / 60, accuracy), rotation=30)
-        above.axvline(began / 60, color='gray', linewidth=0.5)
-    above.set(ylabel='loss (nats per token)', title=f'the stages on data/{task}', yscale='log')
-    below.set(xlabel='minutes of training', ylabel='share of right answers', ylim=(0, 1.1))
-    for axis in above, below:
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend()
+    paths = [Path(run, 'log.jsonl') for run in runs]
+    logs = [[json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+            if path.exists() else [] for path in paths]
+    panels = [('loss', 'val_loss'), ('reward', 'accuracy')]
+    if not (accuracies or any('accuracy' in line for log in logs for line in log)):
+        panels.pop()
+    figure, axes = pyplot.subplots(len(panels), figsize=(7, 3.5 * len(panels)), sharex=True,
+                                   squeeze=False)
+    axes, minutes = axes[:, 0], [log[-1]['seconds'] / 60 if log else 0.0 for log in logs]
+    ends = np.cumsum(minutes)
+    for axis, keys in zip(axes, panels, strict=True):
+        for colour, key in enumerate(keys):
+            axis.plot([], 'o-' if colour else '-', color=f'C{colour}', markersize=3, label=key)
+            for log, began in zip(logs, ends - minutes, strict=True):
+                points = [(began + line['seconds'] / 60, line[key]) for line in log if key in line]
+                # What is logged as the loss of answers that were weighed is none to be compared.
+                weighed = any({'reward', 'reward_gap'} & line.keys() for line in log)
+                if points and not (key == 'loss' and weighed):
+                    axis.plot(*zip(*points, strict=True), 'o-' if colour else '-',
+                              color=f'C{colour}', markersize=3)
+        axis.legend()
+    for run, end, accuracy in zip(runs, ends, accuracies):
+        axes[1].plot(end, accuracy, 'k*', markersize=10)
+        axes[1].annotate(f'{Path(run).name}: {accuracy:.1%}', (end, accuracy), rotation=30)
+    axes[0].set(title=title, ylabel='loss (nats per token)',
+                yscale='log' if len(runs) > 1 else 'linear')
+    axes[-1].set(xlabel='minutes of training')
+    if len(axes) > 1:
+        axes[1].set(ylabel='share of right answers', ylim=(0, 1.1))
     figure.savefig(target, dpi=100, bbox_inches='tight')
-    print(f'drawn: {target}')
+    pyplot.close(figure)
 
 
 def write_answers(model, tokenizer, source):
@@ -487,13 +500,12 @@ def write_answers(model, tokenizer, source):
     parts = {'train': sum(texts[cut:], []), 'val': sum(texts[:cut], [])}
     if not all(parts.values()):
         raise ValueError(f'{num_examples} questions gave too little to learn from: ask more')
-    Path(write).mkdir(parents=True, exist_ok=True)
     write_texts(write, tokenizer, f'answers of {source} to questions of {task}', **parts)
 
 
 def is_taught(checkpoint):
     """Whether one of the stages that made this model was about conversations."""
-    return any(entry.get('stage', 'pretrain') not in ('pretrain', 'finetune')
+    return any(entry.get('stage', 'pretrain') not in TEXT_STAGES
                for entry in checkpoint.get('lineage', []))
 
 
@@ -657,7 +669,7 @@ class Int8Linear(torch.nn.Module):
         weight = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
         self.packed, self.nbytes = packed_for_cpu(weight, scale), weight.nbytes
         self.register_buffer('weight', weight if self.packed is None else None)
-        self.register_buffer('scale', scale)
+        self.register_buffer('scale', scale if self.packed is None else None)   # else it is packed
         self.register_buffer('bias', linear.bias)
 
     def forward(self, x):
@@ -762,16 +774,16 @@ def main():
             raise ValueError(f'--start: this model has no token {tokenizer.decode([max(prompt)])}')
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    network = ready(model, where, kind)
     if task:
         runs = [entry.get('init_from', '') for entry in checkpoint.get('lineage', [])] + [source]
+        runs = [run for run in runs if Path(run, 'log.jsonl').exists()] or [source]
         try:
             if write:
-                return write_answers(network, tokenizer, source)
-            return grade([run for run in runs if Path(run, 'log.jsonl').exists()] or [source],
-                         where, kind)
+                return write_answers(ready(model, where, kind), tokenizer, source)
+            return grade(runs, where, kind)
         except (ValueError, OSError) as error:
             sys.exit(str(error))
+    network = ready(model, where, kind)
     if serve:
         from assets.serve import serve as serve_web
         name = Path(out_dir).name if init_from == 'resume' else init_from

@@ -31,10 +31,20 @@ from tqdm import tqdm
 
 from configurator import configure, read_settings
 from data.files import cut_log, find, fresh_folder, mixture_of, read_meta, task_of, write
-from data.rows import Conversations, Mixture
+from data.rows import Conversations, Mixture, side_by_side
 from data.tokenizer import Tokenizer, Voice
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig, widened
-from sample import ask, auto_device, auto_dtype, generate, load_model, out_of_memory, peak_flops
+from sample import (
+    TEXT_STAGES,
+    ask,
+    auto_device,
+    auto_dtype,
+    generate,
+    load_model,
+    out_of_memory,
+    peak_flops,
+    picture,
+)
 
 # what to do, from what, to where
 stage = 'pretrain'           # pretrain, finetune (the same), sft, rl, dpo or distill
@@ -108,7 +118,6 @@ dtype = 'auto'               # float32, bfloat16 or float16; auto: what is faste
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 
-TEXT_STAGES = 'pretrain', 'finetune'    # in which all of a conversation is in play
 MAX_SKIPS = 5   # so many steps in a row without a finite gradient end the run
 LEAST = dict(
     batch_size=1, gradient_accumulation_steps=1, block_size=1, max_iters=1, eval_interval=1,
@@ -289,7 +298,7 @@ def dpo(run):
         """-> log p of both texts of each pair: (pairs, 2)"""
         found = []
         for i in range(0, len(pairs), few):
-            x, y, _ = side_by_side(texts(split, pairs[i:i + few]))
+            x, y, _ = as_rows(texts(split, pairs[i:i + few]))
             found.append(log_p(run, model, x, y).sum(1).view(-1, 2))
         return torch.cat(found)
 
@@ -300,13 +309,14 @@ def dpo(run):
         return dpo_beta * (grown[:, 0] - grown[:, 1])
 
     def batches(step):
-        every = len(known[train])
-        pairs = [int(np.random.default_rng((seed, n // every)).permutation(every)[n % every])
-                 for n in range(step * count, (step + 1) * count)]
+        epochs, places = np.divmod(np.arange(step * count, (step + 1) * count), len(known[train]))
+        orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(known[train]))
+                  for epoch in set(epochs.tolist())}
+        pairs = [int(orders[epoch][place]) for epoch, place in zip(epochs, places, strict=True)]
         in_play = sum(mask.sum() for _, mask, _ in texts(train, pairs))
         mine = pairs[run.rank::run.world]
         for i in range(0, len(mine), few):
-            x, y, _ = side_by_side(texts(train, mine[i:i + few]))
+            x, y, _ = as_rows(texts(train, mine[i:i + few]))
             m = margins(train, mine[i:i + few])
             push = dpo_beta * torch.sigmoid(-m) * in_play / count   # a mean over pairs, not tokens
             note(run, reward_gap=m.mean(), pairs_right=(m > 0).float().mean())
@@ -328,15 +338,18 @@ def distill(run):
     Else: each token of a data set has the teacher's likeliest ones as targets (arXiv:1503.02531).
     """
     guide = frozen(run, teacher)
+    if on_policy:
+        task = task_of(one_of(run.data))
+
+        def own(step):
+            requests, _ = rollouts(run, task, step)
+            for x, y, _ in microbatches(run, [written(request, 1) for request in requests]):
+                yield x, y, log_p(run, guide, x, y) - log_p(run, run.model, x, y)
+
+        return own, lambda: accuracy(run, task)
     if teacher_top > guide.config.vocab_size:
         raise ValueError(f'--teacher_top={teacher_top}: there are {guide.config.vocab_size} tokens')
-    given, evaluate = (None, None) if on_policy else read(run)
-    task = task_of(one_of(run.data)) if on_policy else None
-
-    def own(step):
-        requests, _ = rollouts(run, task, step)
-        for x, y, _ in microbatches(run, [written(request, 1) for request in requests]):
-            yield x, y, log_p(run, guide, x, y) - log_p(run, run.model, x, y)
+    given, evaluate = read(run)
 
     def soft(step):
         for x, y, _ in given(step):
@@ -345,7 +358,7 @@ def distill(run):
             ids[y < 0] = -1
             yield x, ids, teacher_top * p / p.sum(-1, keepdim=True)     # N counts all of the ids
 
-    return (own, lambda: accuracy(run, task)) if on_policy else (soft, evaluate)
+    return soft, evaluate
 
 
 def talks():
@@ -380,19 +393,10 @@ def frozen(run, source):
     return model.to(run.device).eval()
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    before = model.training
-    model.eval()
-    yield
-    model.train(before)
-
-
 @torch.no_grad()
 def log_p(run, model, x, y):
     """-> log p(y | x) under a model, 0 where y is not in play: (B, T)"""
-    with evaluating(model):
-        logits = forward(run, model, x)[0].float()
+    logits = forward(run, model, x)[0].float()
     return -nn.functional.cross_entropy(logits.transpose(1, 2), y.to(logits.device),
                                         ignore_index=-1, reduction='none')
 
@@ -411,15 +415,9 @@ def written(request, weight):
     return np.array(request.prompt + request.ids), np.array(request.in_play), weight
 
 
-def side_by_side(texts):
-    """Texts as (ids, in play, weight), padded at the right -> x, y, w: (B, T)"""
-    ids = np.zeros((len(texts), max(len(text) for text, _, _ in texts)), np.int64)
-    targets, weights = ids - 1, np.zeros(ids.shape, np.float32)
-    for i, (text, in_play, weight) in enumerate(texts):
-        ids[i, :len(text)] = text
-        targets[i, :len(text)] = np.where(in_play, text, -1)
-        weights[i] = weight
-    return tuple(map(torch.from_numpy, (ids[:, :-1], targets[:, 1:], weights[:, 1:])))
+def as_rows(texts):
+    """Texts as (ids, in play, weight) -> x, y, w: (B, T)"""
+    return tuple(map(torch.from_numpy, side_by_side(texts)))
 
 
 def microbatches(run, texts):
@@ -430,7 +428,7 @@ def microbatches(run, texts):
         count = count.to(run.device if dist.get_backend() == 'nccl' else 'cpu')
         dist.all_reduce(count, dist.ReduceOp.MAX)
     for i in range(0, int(count) * batch_size, batch_size):
-        yield side_by_side(texts[i:i + batch_size] or [([0, 0], [False] * 2, 0)])
+        yield as_rows(texts[i:i + batch_size] or [([0, 0], [False] * 2, 0)])
 
 
 def note(run, **values):
@@ -560,8 +558,8 @@ def loop(run, batches, evaluate):
             seconds, tokens = run.seconds - logged[0], run.tokens - logged[1]
             rate, loss = tokens / seconds, float(np.mean(losses))
             mfu = flops * rate / (peak * run.world) if peak else None
-            notes = {name: all_sum(torch.tensor([np.mean(values)]), run)[0] / run.world
-                     for name, values in run.notes.items()}
+            means = torch.tensor([np.mean(values) for values in run.notes.values()])
+            notes = dict(zip(run.notes, all_sum(means / run.world, run), strict=True))
             log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu, **notes)
             run.say(f'step {run.step}: loss {loss:.4f}, {1e3 * seconds / len(losses):.0f} ms, '
                     f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if peak else '')
@@ -596,7 +594,7 @@ def assess(run, evaluate):
         if always_save_checkpoint or run.best == score or run.step >= max_iters:
             save(run, 'ckpt.pt')
     if run.rank == 0 and not eval_only:
-        plot(Path(out_dir, 'log.jsonl'), Path(out_dir, 'loss.png'))
+        picture([out_dir], Path(out_dir, 'loss.png'), f'{stage} on {dataset}')
         if sample_tokens:
             ids = generate(run.model, [[run.tokenizer.end or 0]], sample_tokens, seed=seed)[0]
             run.say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
@@ -610,26 +608,6 @@ def log(run, **metrics):
             file.write(json.dumps(line) + '\n')
     if run.wandb:
         run.wandb.log(line)
-
-
-def plot(source, target):
-    """Redraw what log.jsonl says of losses and, where there are answers, rewards and accuracy."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    lines = [json.loads(line) for line in source.read_text(encoding='utf-8').splitlines()]
-    panels = {'loss (nats per token)': ('loss', 'val_loss'), 'share': ('reward', 'accuracy')}
-    panels = {label: keys for label, keys in panels.items()
-              if label != 'share' or any(key in line for key in keys for line in lines)}
-    figure, axes = pyplot.subplots(len(panels), figsize=(7, 4 * len(panels)), squeeze=False)
-    for axis, (label, keys) in zip(axes[:, 0], panels.items(), strict=True):
-        for key, style in zip(keys, ('-', 'o-'), strict=True):
-            points = [(line['step'], line[key]) for line in lines if key in line]
-            axis.plot(*zip(*points or [(0, math.nan)], strict=True), style, label=key, markersize=3)
-        axis.set(title=f'{stage} on {dataset}', xlabel='step', ylabel=label)
-        axis.legend()
-    figure.savefig(target, dpi=100, bbox_inches='tight')
-    pyplot.close(figure)
 
 
 def save(run, name):
@@ -835,6 +813,7 @@ def show(run, batch):
     """Print a batch: each token and its target, in colour if that is in play, its weight, loss."""
     if batch is None:
         raise ValueError('nothing is in play in this step')
+    run.model.eval()
     x, y, w = batch
     first = y if y.dim() == 2 else y[..., 0]    # the likeliest of several targets
     losses = -log_p(run, run.model, x, first)

@@ -1,7 +1,6 @@
 # A student of a quarter of the size learns from the whole distributions of its teacher:
 #   python train.py config/arithmetic_distill.py
-# and without a teacher, to compare:
-#   python train.py config/arithmetic_distill.py --stage=sft --out_dir=out-arithmetic-alone
+#   python train.py config/arithmetic_distill.py --stage=sft --out_dir=out-alone     # no teacher
 stage = 'distill'
 on_policy = False
 teacher = 'out-arithmetic-rl'
@@ -22,6 +21,5 @@ warmup_iters = 10
 warmdown = 0.6
 max_iters = 2000
 eval_interval = 500
-eval_iters = 0
 log_interval = 20
 sample_tokens = 0

@@ -15,7 +15,6 @@ n_embd = 128
 block_size = 64
 batch_size = 12
 gradient_accumulation_steps = 1
-muon_lr = 0.0           # AdamW for all
 learning_rate = 1e-3
 min_lr = 1e-4
 beta2 = 0.99

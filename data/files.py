@@ -198,6 +198,15 @@ def missing(folder, prepare):
     return '' if is_ready(folder) else f'data/{folder.name}: not there; {why}'
 
 
+def fetched(source, *hub):
+    """-> a data set's train and test split, from {split}.jsonl in the folder source, or the hub"""
+    from datasets import load_dataset
+    if not source:
+        return load_dataset(*hub)
+    files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
+    return load_dataset('json', data_files=files)
+
+
 def by_hand(prepare, *args):
     """Prepare a data set for somebody who asked for it: what is wrong is said in one line."""
     try:

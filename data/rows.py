@@ -10,6 +10,21 @@ import numpy as np
 from data.files import Tokens
 
 
+def side_by_side(texts, length=0):
+    """
+    Texts as (ids, in play, weight), a row each, padded at the right to length or to the longest
+    -> x, y, w: (texts, length - 1)
+    """
+    length = length or max(len(ids) for ids, _, _ in texts)
+    x = np.zeros((len(texts), length), np.int64)
+    y, w = x - 1, np.zeros(x.shape, np.float32)
+    for i, (ids, in_play, weight) in enumerate(texts):
+        x[i, :len(ids)] = ids
+        y[i, :len(ids)] = np.where(in_play, ids, -1)
+        w[i] = weight
+    return x[:, :-1], y[:, 1:], w[:, 1:]
+
+
 class Conversations:
     """
     One split of a data set of conversations. Each begins with the begin token and is kept whole in
@@ -55,15 +70,13 @@ class Conversations:
         start, stop = self.spans[i]
         return self.tokens.windows(np.array([start]), stop - start)[0], self.in_play[start:stop]
 
-    def row(self, conversations):
-        """Conversations side by side -> x, y (length - 1), y = -1 where nothing is in play"""
-        ids = np.zeros(self.length, np.int64)
-        in_play, at = np.zeros(self.length, bool), 0
-        for i in conversations:
-            text, mine = self.conversation(i)
-            ids[at:at + len(text)], in_play[at:at + len(text)] = text, mine
-            at += len(text)
-        return ids[:-1], np.where(in_play, ids, -1)[1:]
+    def beside(self, rows):
+        """Rows, each a list of conversations -> x, y: (rows, length - 1), -1 what is not in play"""
+        texts = []
+        for row in rows:
+            ids, in_play = zip(*map(self.conversation, row), strict=True)
+            texts.append((np.concatenate(ids), np.concatenate(in_play), 1.0))
+        return side_by_side(texts, self.length)[:2]
 
     def rows(self, numbers, seed):
         """Row numbers, counted from a run's start, epoch after epoch -> x, y"""
@@ -75,17 +88,15 @@ class Conversations:
                     number, epoch = number - self.sizes[epoch, seed], epoch + 1
                 else:
                     self.plan(epoch, seed)
-            chosen.append(self.row(self.plan(epoch, seed)[number]))
-        x, y = zip(*chosen, strict=True)
-        return np.stack(x), np.stack(y)
+            chosen.append(self.plan(epoch, seed)[number])
+        return self.beside(chosen)
 
     def held_out(self):
         """-> how many rows hold all of it"""
         return len(self.plan(-1, 0))
 
     def held_out_rows(self, numbers):
-        x, y = zip(*(self.row(self.plan(-1, 0)[number]) for number in numbers), strict=True)
-        return np.stack(x), np.stack(y)
+        return self.beside([self.plan(-1, 0)[number] for number in numbers])
 
 
 class Mixture:

@@ -79,10 +79,13 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def run(script, *arguments, cwd=None, ok=True, env=None, timeout=240):
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+
+
+def run(script, *arguments, launcher=(), cwd=None, ok=True, env=None, timeout=240):
     """Run a script as a user would. -> stdout and stderr together; ok=False expects a refusal."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
         timeout=timeout,
         stdout=subprocess.PIPE,

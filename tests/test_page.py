@@ -122,6 +122,20 @@ def test_an_error_is_shown_and_the_talk_goes_on(server, browser):
     page.close()
 
 
+def test_who_types_before_the_name_is_there_loses_nothing(server, browser):
+    page, held = browser.new_page(), []
+    page.route('**/v1/models', lambda route: held.append(route))
+    page.goto(server.url)
+    say(page, 'hi')
+    assert settled(page) == ANSWERS['hi']
+    held[0].continue_()
+    sync_api.expect(page.locator('#name')).to_have_text('out-talk')
+    assert page.locator('.turn').count() == 2
+    say(page, 'and now')
+    assert settled(page) == 'You have asked 2 times.'
+    page.close()
+
+
 def test_a_phone_in_the_dark(server, browser, tmp_path):
     page = browser.new_page(viewport={'width': 360, 'height': 640}, color_scheme='dark')
     page.goto(server.url)

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, inside, run
+from conftest import ROOT, TORCHRUN, inside, run
 
 from configurator import configure, read_settings
 
@@ -72,30 +72,17 @@ def test_nanogpts_cpu_command_runs_over_the_laptops_own_config(dataset, tmp_path
     assert text.count('---------------') == 2
 
 
-@pytest.mark.parametrize('processes', [2])
-def test_the_laptop_config_runs_under_torchrun(dataset, tmp_path, processes):
-    import subprocess
-    import sys
-
-    subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            f'--nproc_per_node={processes}',
-            'train.py',
-            'config/train_shakespeare_char.py',
-            '--max_iters=2',
-            f'--dataset={dataset}',
-            f'--out_dir={tmp_path}/out',
-            '--n_layer=1',
-            '--ngram_rows=64',
-        ],
+def test_the_laptop_config_runs_under_torchrun(dataset, tmp_path):
+    run(
+        'train.py',
+        'config/train_shakespeare_char.py',
+        '--max_iters=2',
+        f'--dataset={dataset}',
+        f'--out_dir={tmp_path}/out',
+        '--n_layer=1',
+        '--ngram_rows=64',
+        launcher=TORCHRUN,
         cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=200,
     )
     assert (tmp_path / 'out' / 'best.pt').exists()
 

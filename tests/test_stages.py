@@ -1,7 +1,6 @@
 """Stages: what is in play and how much it counts, against masks and gradients by hand."""
 
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, inside, tiny
+from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 from test_train import TWO, gradients_of, make_run
 
 import train
@@ -23,10 +22,6 @@ from data.tokenizer import Tokenizer, Voice
 from sample import Request, ask, load_model, read_checkpoint
 
 LETTERS = Tokenizer.of_text('abcdefghijklmnopqrstuvwxyz ABC?!0123456789+-*/="().#:,\n')
-TWO_WAYS = {
-    'one': [],
-    'two': ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
-}
 SHAPE = dict(block_size=64, vocab_size=LETTERS.vocab_size)
 TASK = '''
 def examples(split, seed=0):
@@ -109,7 +104,7 @@ def test_packing_loses_and_repeats_no_token_in_play(talks):
     for epoch in -1, 0, 1:
         rows = packed.plan(epoch, seed=3)
         assert sorted(itertools.chain(*rows)) == list(range(60))
-        targets = [t for row in rows for t in packed.row(row)[1].tolist() if t >= 0]
+        targets = [t for t in packed.beside(rows)[1].flatten().tolist() if t >= 0]
         assert sorted(targets) == expected
         assert len(rows) < 50  # several in a row
     assert packed.plan(0, 3) != packed.plan(1, 3) and packed.cut == 0
@@ -117,7 +112,7 @@ def test_packing_loses_and_repeats_no_token_in_play(talks):
 
 def test_a_row_is_its_conversations_side_by_side_and_then_nothing(talks):
     packed = Conversations(talks, 'train', 65)
-    x, y = packed.row([4, 2])
+    (x,), (y,) = packed.beside([[4, 2]])
     ids, mask = [], []
     for i in 4, 2:
         more, also = LETTERS.render(conversations(60)[i])
@@ -131,7 +126,7 @@ def test_a_conversation_that_never_fits_is_cut_and_counted(talks):
     packed = Conversations(talks, 'train', 20)
     sizes = [len(LETTERS.render(c)[0]) for c in conversations(60)]
     assert packed.cut == sum(size > 20 for size in sizes) > 0
-    assert all(len(packed.row(row)[0]) == 19 for row in packed.plan(0, 0))
+    assert all(row.shape == (19,) for row in packed.beside(packed.plan(0, 0))[0])
 
 
 def test_sft_batches_are_the_same_for_every_number_of_processes(talks, settings):
@@ -157,8 +152,8 @@ def test_sft_validation_is_over_the_assistants_tokens(talks, settings):
     seen = 0
     packed = Conversations(talks, 'val', 65)
     for row in packed.plan(-1, 0):
-        x, y = map(torch.from_numpy, packed.row(row))
-        total += run.model(x[None], y[None])[1].item()
+        x, y = map(torch.from_numpy, packed.beside([row]))
+        total += run.model(x, y)[1].item()
         seen += int((y >= 0).sum())
     assert seen == count and score == pytest.approx(total / count, rel=1e-5)
 
@@ -204,10 +199,10 @@ def test_rl_puts_what_was_sampled_in_play_with_its_advantage(
             assert len(set(w[i][played].tolist())) == 1
     assert sorted(got) == expected  # the end token too: ids hold it
     request = Request([1], ids=[5, 6, 7], logprobs=[-1.0, None, -1.0])  # 6 is a tool's
-    _, y, _ = train.side_by_side([train.written(request, 1.0)])
+    _, y, _ = train.as_rows([train.written(request, 1.0)])
     assert y.tolist() == [[5, -1, 7]]
     request = Request([1, 2], ids=[7, LETTERS.special['<|end|>']], logprobs=[-1.0, -2.0])
-    _, y, w = train.side_by_side([train.written(request, 0.5)])
+    _, y, w = train.as_rows([train.written(request, 0.5)])
     assert y.tolist() == [[-1, 7, LETTERS.special['<|end|>']]] and w[0, 1:].tolist() == [0.5, 0.5]
     assert run.notes['reward'] == [pytest.approx(groups.mean())]
     assert run.notes['dead_groups'] == [pytest.approx((groups.std(1) == 0).mean())]
@@ -345,15 +340,14 @@ def test_two_processes_give_the_gradients_of_one_in_every_stage(
     folder = pairs_folder(tmp_path / 'pairs') if stage == 'dpo' else talks
     how = dict(stage=stage, max_iters=1, grad_clip=0, num_prompts=6, batch_size=4)
     found = {}
-    for name, launcher in TWO_WAYS.items():
+    for name, launcher in {'one': (), 'two': TORCHRUN}.items():
         script, out = tmp_path / f'{name}.py', tmp_path / f'{name}-run'
         script.write_text(TWO.format(root=str(ROOT), out=str(tmp_path / name)))
-        subprocess.run(
-            [sys.executable, *launcher, str(script), *common(folder, out, taught, **how)],
-            check=True,
-            capture_output=True,
-            timeout=200,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        run(
+            script,
+            *common(folder, out, taught, **how),
+            launcher=launcher,
+            env={'OMP_NUM_THREADS': '1'},
         )
         found[name] = torch.load(tmp_path / f'{name}0')
     assert any(g.abs().max() > 1e-4 for g in found['one'])
@@ -554,7 +548,10 @@ def test_explain_prints_what_is_in_play_with_its_weight_and_loss(talks, taught, 
         (dict(dropout=0.1), 'must be 0 in stage rl'),
         (dict(stage='distill'), 'needs a run that has learned'),
         (dict(stage='distill', teacher='{out}'), 'is the run that --teacher reads'),
-        (dict(stage='distill', teacher='{taught}', teacher_top=999), 'there are 62 tokens'),
+        (
+            dict(stage='distill', on_policy=False, teacher='{taught}', teacher_top=999),
+            'there are 62 tokens',
+        ),
         (dict(dataset='{dataset}'), 'do not have the same tokenizer'),
         (dict(init_from='resume'), 'nothing is saved there yet: leave'),
         (dict(num_samples=1), 'ask for 2 or more'),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, inside, run, tiny
+from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 
 import train
 from data import files
@@ -327,31 +327,22 @@ def test_two_processes_give_the_gradients_of_one(dataset, tmp_path, rows):
 
     def gradients(name, launcher):
         (tmp_path / f'{name}.py').write_text(TWO.format(root=str(ROOT), out=str(tmp_path / name)))
-        subprocess.run(
-            [
-                *launcher,
-                str(tmp_path / f'{name}.py'),
-                *TINY,
-                *rows,
-                f'--dataset={dataset}',
-                '--max_iters=1',
-                '--zero_init=False',
-                f'--out_dir={tmp_path}/{name}-run',
-                '--grad_clip=0',
-            ],
-            check=True,
-            capture_output=True,
-            timeout=200,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        run(
+            tmp_path / f'{name}.py',
+            *TINY,
+            *rows,
+            f'--dataset={dataset}',
+            '--max_iters=1',
+            '--zero_init=False',
+            f'--out_dir={tmp_path}/{name}-run',
+            '--grad_clip=0',
+            launcher=launcher,
+            env={'OMP_NUM_THREADS': '1'},
         )
-        return [
-            torch.load(tmp_path / f'{name}{rank}') for rank in range(2 if len(launcher) > 1 else 1)
-        ]
+        return [torch.load(tmp_path / f'{name}{rank}') for rank in range(2 if launcher else 1)]
 
-    one = gradients('one', [sys.executable])[0]
-    two = gradients(
-        'two', [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    )
+    one = gradients('one', ())[0]
+    two = gradients('two', TORCHRUN)
     for single, first, second in zip(one, *two, strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, single, atol=1e-7, rtol=1e-4)

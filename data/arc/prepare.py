@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, questions_of, write_questions  # noqa: E402
+from data.files import by_hand, fetched, questions_of, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
@@ -42,12 +42,7 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    from datasets import load_dataset
-    if source:
-        files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
-        found = load_dataset('json', data_files=files)
-    else:
-        found = load_dataset('allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
+    found = fetched(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
     write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'allenai/ai2_arc', conversation,
                     **{split: list(map(simple, found[split])) for split in ('train', 'test')})
 

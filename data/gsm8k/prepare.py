@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, questions_of, write_questions  # noqa: E402
+from data.files import by_hand, fetched, questions_of, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
@@ -60,12 +60,7 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    from datasets import load_dataset
-    if source:
-        files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
-        found = load_dataset('json', data_files=files)
-    else:
-        found = load_dataset('openai/gsm8k', 'main')
+    found = fetched(source, 'openai/gsm8k', 'main')
     write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'openai/gsm8k', conversation,
                     **{split: list(map(dict, found[split])) for split in ('train', 'test')})
 
