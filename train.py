@@ -206,7 +206,7 @@ def rl(run):
         alive = np.repeat(np.ptp(rewards, 1) > 0, num_samples)  # a group of equals teaches nothing
         texts = [written(request, weight) for request, weight, lives
                  in zip(requests, advantage.flatten(), alive, strict=True) if lives]
-        rows = list(microbatches(run, texts))
+        rows = list(microbatches(run, once_each(run, texts)))
         note(run, dead_groups=1 - alive.mean())
         if (step + 1) % log_interval == 0:
             one_each = [written(request, 1) for request in requests[::num_samples]]
@@ -241,6 +241,20 @@ def rollouts(run, task, step):
          truncated=np.mean([request.reason == 'length' for request in requests]),
          answer_length=np.mean([len(request.ids) for request in requests]))
     return requests, np.array(rewards).reshape(len(asked), num_samples)
+
+
+def once_each(run, texts):
+    """
+    Texts that are the very same are read once, with the sum of their weights: that is the same
+    gradient in half of the time. N would have counted them all, so a share makes up for it.
+    """
+    same = {}
+    for text in texts:
+        same.setdefault((text[0].tobytes(), text[1].tobytes()), []).append(text)
+    once = [(*some[0][:2], sum(weight for *_, weight in some)) for some in same.values()]
+    sizes = [float(sum(in_play.sum() for _, in_play, _ in some)) for some in (once, texts)]
+    read, there = all_sum(torch.tensor(sizes), run)
+    return [(ids, in_play, weight * read / max(1, there)) for ids, in_play, weight in once]
 
 
 def speaker(run):

@@ -1,5 +1,6 @@
 """Stages: what is in play and how much it counts, against masks and gradients by hand."""
 
+import collections
 import itertools
 import re
 import shutil
@@ -185,19 +186,23 @@ def test_rl_puts_what_was_sampled_in_play_with_its_advantage(
     advantage = (groups - groups.mean(1, keepdims=True)).flatten()
     alive = np.repeat(groups.std(1) > 0, 4)
     assert 0 < alive.sum()
-    expected = sorted(
-        (tuple(sampled(r)), round(float(a), 5))
-        for r, a, keep in zip(requests, advantage, alive)
-        if keep
-    )
-    got = []
+    expected, times = collections.Counter(), collections.Counter()
+    for request, a in itertools.compress(zip(requests, advantage, strict=True), alive):
+        expected[tuple(request.prompt), tuple(sampled(request))] += a
+        times[tuple(request.prompt), tuple(sampled(request))] += 1
+    got = {}
     for x, y, w in rows[:-1]:
         for i in range(len(x)):
             played = y[i] >= 0
-            got.append((tuple(y[i][played].tolist()), round(w[i][played][0].item(), 5)))
+            prompt = tuple(x[i][: int(played.nonzero()[0]) + 1].tolist())
             assert (x[i][1:][played[:-1]] == y[i][:-1][played[:-1]]).all()
             assert len(set(w[i][played].tolist())) == 1
-    assert sorted(got) == expected  # the end token too: ids hold it
+            got[prompt, tuple(y[i][played].tolist())] = w[i][played][0].item()
+    once = sum(len(ids) for _, ids in times)
+    share = once / sum(len(ids) * count for (_, ids), count in times.items())
+    assert got.keys() == expected.keys()    # the end token too: ids hold it
+    for text in got:
+        assert got[text] == pytest.approx(expected[text] * share, abs=1e-5)
     request = Request([1], ids=[5, 6, 7], logprobs=[-1.0, None, -1.0])  # 6 is a tool's
     _, y, _ = train.as_rows([train.written(request, 1.0)])
     assert y.tolist() == [[5, -1, 7]]
@@ -208,16 +213,21 @@ def test_rl_puts_what_was_sampled_in_play_with_its_advantage(
     assert run.notes['dead_groups'] == [pytest.approx((groups.std(1) == 0).mean())]
 
 
-def test_the_rl_gradient_is_reinforce_by_hand(talks, settings, mixed_rewards, monkeypatch):
+@pytest.mark.parametrize('length', [1, 6])
+def test_the_rl_gradient_is_reinforce_by_hand(
+    talks, settings, mixed_rewards, monkeypatch, length
+):
+    """Of a token each, some answers are the same: those are read once, with all their weights."""
+    settings(max_new_tokens=length, num_samples=16 if length == 1 else 4)
     run, asked = run_for(talks), []
     monkeypatch.setattr(train, 'ask', lambda *a, **k: (asked.append(ask(*a, **k)), asked[-1])[1])
     batches, _ = train.rl(run)
     got, (_, count, _), _ = gradients_of(run, batches, monkeypatch)
     requests, rewards = asked[0]
-    total, tokens = 0.0, 0
+    total, tokens, seen, size = 0.0, 0, set(), len(asked[0][0]) // 3
     for group in range(3):
-        here = slice(4 * group, 4 * group + 4)
-        mean = sum(rewards[here]) / 4
+        here = slice(size * group, size * (group + 1))
+        mean = sum(rewards[here]) / size
         if len(set(rewards[here])) == 1:
             continue
         for request, reward in zip(requests[here], rewards[here]):
@@ -227,8 +237,9 @@ def test_the_rl_gradient_is_reinforce_by_hand(talks, settings, mixed_rewards, mo
             mine = torch.tensor([p is not None for p in request.logprobs])
             total = total - (reward - mean) * logp[mine].sum()
             tokens += len(sampled(request))
+            seen.add((tuple(request.prompt), tuple(request.ids), tuple(sampled(request))))
     (total / tokens).backward()
-    assert count == tokens
+    assert count == sum(len(mine) for _, _, mine in seen) and (count < tokens) == (length == 1)
     for a, p in zip(got, run.model.parameters()):
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-3)
 

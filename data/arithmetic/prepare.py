@@ -4,8 +4,8 @@ Our own world of questions, endless and checkable: sums, word problems, spelling
     python data/arithmetic/prepare.py                       # 2,000 worked answers to learn from
     python data/arithmetic/prepare.py --demonstrations=500
 
-A word problem has an opening, up to three events (some of no consequence) and an ending, each in
-one of several wordings. An answer shows its work in GSM8K's form: calls of the calculator, then
+A word problem has an opening, one or two events (some of no consequence) and an ending, each in
+one of many wordings. An answer shows its work in GSM8K's form: calls of the calculator, then
 #### and the result. No question is in both splits: its checksum says where it belongs.
 """
 import json
@@ -31,6 +31,10 @@ ITEMS = 'apples books coins cards eggs flowers marbles pens shells stamps stones
 WORDS = ('apple banana berry cherry garden letter little mirror orange pepper puzzle rabbit river '
          'silver spring street summer tomorrow valley village window winter yellow coffee butter '
          'kitten pillow balloon bottle ribbon carrot hammer ladder mammal narrow parrot').split()
+ONSETS = ('b c d f g h j k l m n p r s t v w y z bb ll mm nn pp rr ss tt '
+          'br ch dr fl gr pl qu sh sp st str th tr').split()
+VOWELS = 'a e i o u aw ea ee oo ou'.split()
+CODAS = ['', '', *'n r s t rry ss ck nd'.split()]
 # What a wording does to the number so far: + x, - x, * x, or nothing.
 OPENINGS = {
     '': ['{n} has {x} {i}.', 'At first {n} has {x} {i}.', 'There are {x} {i} in the box of {n}.'],
@@ -39,13 +43,15 @@ OPENINGS = {
     '+': ['{n} has {x} {i} in one bag and {y} in another.', '{n} finds {x} {i} here and {y} there.',
           'On Monday {n} makes {x} {i}, on Tuesday {y}.']}
 EVENTS = {
-    '+': ['{n} gets {x} more.', '{n} finds {x} {i}.', '{m} gives {x} {i} to {n}.',
-          'Then {n} buys {x} more.', '{n} wins {x} in a game.'],
-    '-': ['{n} loses {x}.', '{n} gives {x} to {m}.', '{n} sells {x} of them.',
-          '{m} takes {x} of them.', '{x} of the {i} break.'],
-    '*': ['Soon there are {x} times as many.', '{n} makes it {x} times as many.'],
-    '': ['{m} has {x} {j}.', '{m} is {x} years old.', 'It is day {x} of the year.',
-         '{m} gives {x} {j} to {o}.']}
+    '+': ['{n} {gain} {x} more{w}.', '{n} {gain} {x} {i}{w}.', '{m} gives {x} {i} to {n}{w}.'],
+    '-': ['{n} {loss} {x} of them{w}.', '{n} {loss} {x} {i}{w}.', '{n} gives {x} to {m}{w}.',
+          '{m} takes {x} of them{w}.', '{x} of the {i} break{w}.'],
+    '*': ['Soon there are {x} times as many.', '{n} makes it {x} times as many{w}.'],
+    '': ['{m} {gain} {x} {j}{w}.', '{m} {loss} {x} {j}{w}.', '{m} gives {x} {j} to {o}{w}.',
+         '{m} is {x} years old.', 'It is day {x} of the year.']}
+GAINS = 'buys finds gets wins earns receives collects borrows'.split()
+LOSSES = 'loses sells drops breaks burns returns forgets ruins'.split()
+WHEN = ['', '', ' today', ' at school', ' on Sunday', ' after lunch', ' in the rain', ' at night']
 ENDINGS = {
     '': ['How many {i} does {n} have now?', 'How many {i} has {n} in the end?',
          'And now, how many {i} does {n} own?'],
@@ -54,7 +60,7 @@ ENDINGS = {
     '-': ['{m} has {x} less than {n}. How many {i} does {m} have?'],
     '*': ['Each of them costs {x} cents. How many cents are all of them worth?',
           '{m} has {x} times as many. How many {i} does {m} have?']}
-NEW = {     # wordings of events that no stage trains on
+NEW = {     # events as no stage tells them
     '+': ['{n} picks up {x} on the way home.', 'Another {x} are delivered to {n}.'],
     '-': ['A dog runs away with {x}.', '{n} forgets {x} of them on a train.'],
     '*': ['Overnight they grow to {x} times their number.'],
@@ -72,12 +78,17 @@ def factor(rng):
     return rng.randrange(2, 10)
 
 
-def wording(rng, choices):
-    sign = rng.choice(list(choices))
-    return sign, rng.choice(choices[sign])
+def wording(rng, choices, sign=None):
+    """-> what it does to the number, text with places for names, things and numbers"""
+    sign = rng.choice(list(choices)) if sign is None else sign
+    words = {'{gain}': rng.choice(GAINS), '{loss}': rng.choice(LOSSES), '{w}': rng.choice(WHEN)}
+    text = rng.choice(choices[sign])
+    for place, word in words.items():
+        text = text.replace(place, word)
+    return sign, text
 
 
-def word_problem(rng, digits, events):
+def word_problem(rng, digits, events, most):
     """-> question, calls. The numbers so far stay positive and below 100,000."""
     (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
     sign, text = wording(rng, OPENINGS)
@@ -85,11 +96,11 @@ def word_problem(rng, digits, events):
     said = [text.format(n=n, i=i, x=x, y=y)]
     calls = [f'{x}{sign}{y}'] if sign else []
     so_far = int(calculate(calls[0])) if sign else x
-    parts = [events] * rng.randint(1, 3) + [ENDINGS]
+    parts = [events] * rng.randint(1, most) + [ENDINGS]
     for part in parts:
         sign, text = wording(rng, part)
         if sign == '-' and so_far < 3 or sign == '*' and so_far > 10000:
-            sign, text = '+', rng.choice(part['+'])
+            sign, text = wording(rng, part, '+')
         x = factor(rng) if sign == '*' else number(rng, digits)
         x = rng.randrange(1, min(x, so_far - 1) + 1) if sign == '-' else x
         said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x))
@@ -110,8 +121,8 @@ def word_of(rng):
     """A word, half of the time of no language, so that any word can be copied."""
     if rng.random() < 0.5:
         return rng.choice(WORDS)
-    return ''.join(rng.choice('bcdfghklmnprstvwy') + rng.choice('aeiou')
-                   for _ in range(rng.randint(2, 4))) + rng.choice(['', 'n', 'r', 's', 't'])
+    return ''.join(rng.choice(ONSETS) + rng.choice(VOWELS)
+                   for _ in range(rng.randint(1, 3))) + rng.choice(CODAS)
 
 
 def letters_of(rng):
@@ -127,7 +138,7 @@ def spelling_of(rng):
     return rng.choice(['Spell the word {}.', 'How do you spell {}?']).format(word), '-'.join(word)
 
 
-def example(rng, digits, events):
+def example(rng, digits, events, most):
     """-> kind, question, parts of the worked answer, the final answer"""
     kind = rng.choices(['problem', 'sum', 'letters', 'spelling'], [14, 3, 2, 1])[0]
     if kind == 'spelling':
@@ -135,7 +146,7 @@ def example(rng, digits, events):
         return dict(kind=kind, question=question, answer=answer,
                     parts=[{'type': 'text', 'text': f'#### {answer}'}])
     if kind == 'problem':
-        question, calls = word_problem(rng, digits, events)
+        question, calls = word_problem(rng, digits, events, most)
     else:
         question, calls = sum_of_two(rng, digits) if kind == 'sum' else letters_of(rng)
     parts, answer = [], calculate(calls[-1])
@@ -146,7 +157,8 @@ def example(rng, digits, events):
 
 
 LONGEST = 240   # characters of a question and its answer: a row of 256 holds them
-VARIANTS = {'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}}   # for the test alone
+VARIANTS = {    # for the test alone
+    'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 4}}
 
 
 def world():
@@ -160,11 +172,12 @@ def split_of(question):
     return {0: 'test', 1: 'val'}.get(zlib.crc32(question.encode()) % 10, 'train')
 
 
-def examples(split='train', seed=0, digits=None, events=EVENTS):
-    """Yields questions of a split without end: {kind, question, parts, answer}, by seed."""
+def examples(split='train', seed=0, digits=None, events=EVENTS, most=2):
+    """Yields questions of a split without end: {kind, question, parts, answer}, by seed. A word
+    problem has at most so many events."""
     rng, digits = random.Random(f'{split} {seed}'), digits or world()
     while True:
-        made = example(rng, digits, events)
+        made = example(rng, digits, events, most)
         size = len(made['question']) + sum(len(part['text']) + 1 for part in made['parts'])
         if split_of(made['question']) == split and size < LONGEST:
             yield made

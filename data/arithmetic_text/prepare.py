@@ -28,17 +28,22 @@ characters = 3_000_000  # of text to train on
 
 
 def story(rng):
-    """Something happens, and somebody notes the numbers."""
+    """Something happens to the things of n; then the numbers are noted, all of them or n's."""
     (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
-    said = []
+    said, mine = [], []
     for part in [OPENINGS] + [EVENTS] * rng.randint(0, 3):
-        said.append(wording(rng, part)[1].format(n=n, m=m, o=o, i=i, j=j, x=number(rng, 3),
-                                                 y=factor(rng)))
-    noted = re.findall(r'\d+', ' '.join(said))
-    numbers = ', '.join(noted)
-    return ' '.join(said) + ' ' + rng.choice([
-        f'The numbers are {numbers}.', f'{numbers}: so much for the {i} of {n}.',
-        f'{m} notes {numbers}.', f'It began with {noted[0]}, it ended with {noted[-1]}.'])
+        sign, text = wording(rng, part)
+        x = factor(rng) if sign == '*' and part is EVENTS else number(rng, 3)
+        y = factor(rng) if sign == '*' else number(rng, 3)
+        said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x, y=y))
+        if part is OPENINGS:
+            mine += [x, y] if sign else [x]
+        elif sign:
+            mine.append(x)
+    noted, mine = re.findall(r'\d+', ' '.join(said)), ', '.join(map(str, mine))
+    return ' '.join(said + rng.sample([
+        f'The numbers are {", ".join(noted)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
+        f'It began with {noted[0]}, it ended with {noted[-1]}.'], 2))
 
 
 def fact(rng):
