@@ -12,7 +12,7 @@ weight_decay = 0.0      # with dropout = 0.1 it learned less in the same steps: 
 min_lr = 0.0
 warmup_iters = 10
 warmdown = 0.8
-max_iters = 900         # six times over the worked answers
+max_iters = 450         # three times over the worked answers: RL needs a model with doubts
 eval_interval = 150
 eval_iters = 0
 log_interval = 20
