@@ -1,5 +1,6 @@
 """The worlds to ask about: questions, worked answers, rewards, conversations."""
 
+import collections
 import itertools
 import json
 import re
@@ -40,7 +41,7 @@ def test_worked_answers_earn_their_reward_and_nothing_else_does():
 
 def test_the_numbers_of_a_problem_by_hand(monkeypatch):
     rng = __import__('random').Random(1)
-    question, calls = arithmetic.word_problem(rng, 2, arithmetic.EVENTS)
+    question, calls = arithmetic.word_problem(rng, 2, arithmetic.EVENTS, 2)
     numbers = set(re.findall(r'\d+', question))
     results = set()
     for call in calls:
@@ -74,6 +75,30 @@ def test_difficulty_is_the_digits_of_the_numbers():
         return max(len(n) for e in questions for n in re.findall(r'\d+', e['question']))
 
     assert [digits(take(300, digits=d)) for d in (1, 2, 4)] == [1, 2, 4]
+
+
+def test_longer_stories_have_more_events():
+    def sentences(most):
+        return {e['question'].count('. ') for e in take(300, most=most) if e['kind'] == 'problem'}
+
+    usual, longer = sentences(2), sentences(**arithmetic.VARIANTS['longer stories'])
+    assert max(usual) == 4 < max(longer) and min(usual) == min(longer)
+
+
+def test_notes_of_what_matters_leave_the_rest_out():
+    """In the text to learn writing from, '{n} notes' the numbers of n's own things alone."""
+    noted = 0
+    for line in text_of(100_000, 'a').splitlines():
+        story, *notes = re.split(r' \w+ notes ', line)
+        story = re.split(r' The numbers are| It began| For \w+ it was', story)[0]
+        told = collections.Counter(re.findall(r'\d+', story))
+        others = re.findall(r'is (\d+) years old|It is day (\d+)', story)
+        told -= collections.Counter(itertools.chain(*others))
+        for mine in notes:
+            mine = collections.Counter(re.findall(r'\d+', re.split(r'\.', mine)[0]))
+            assert mine and mine <= told
+            noted += bool(others)
+    assert noted > 20
 
 
 def test_the_text_to_learn_writing_from_holds_no_question_and_no_worked_answer():
