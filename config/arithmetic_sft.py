@@ -8,7 +8,7 @@ batch_size = 8
 gradient_accumulation_steps = 1
 learning_rate = 2e-3
 muon_lr = 0.02
-weight_decay = 0.0      # with dropout = 0.1 it learned less in the same steps: see the README
+weight_decay = 0.0      # and no dropout: with 0.1, 69% instead of 74% right after as many steps
 min_lr = 0.0
 warmup_iters = 10
 warmdown = 0.8
