@@ -146,6 +146,11 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def folder_of(source):
+    """-> a run's folder; source is that, or one of its checkpoints"""
+    return Path(source).parent if source.endswith('.pt') else Path(source)
+
+
 def load_model(source, dropout=0.0):
     """
     source: a run's folder (best.pt, else ckpt.pt), a checkpoint's path (nanoGPT's too), one of
@@ -433,7 +438,7 @@ def grade(runs, where, kind):
             print(f'{num_examples} questions'.ljust(width), *table[folder], sep='  ')
         cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())
         print(folder.ljust(width), *cells, sep='  ', flush=True)
-    target = Path(runs[-1], 'stages.png')
+    target = folder_of(runs[-1]) / 'stages.png'
     picture(runs, target, f'the stages on data/{task}', [row['all'] for row in table.values()])
     print(f'drawn: {target}')
 
@@ -446,7 +451,7 @@ def picture(runs, target, title, accuracies=()):
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    paths = [Path(run, 'log.jsonl') for run in runs]
+    paths = [folder_of(run) / 'log.jsonl' for run in runs]
     logs = [[json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
             if path.exists() else [] for path in paths]
     panels = [('loss', 'val_loss'), ('reward', 'accuracy')]
@@ -469,7 +474,7 @@ def picture(runs, target, title, accuracies=()):
         axis.legend()
     for run, end, accuracy in zip(runs, ends, accuracies):
         axes[1].plot(end, accuracy, 'k*', markersize=10)
-        axes[1].annotate(f'{Path(run).name}: {accuracy:.1%}', (end, accuracy), rotation=30)
+        axes[1].annotate(f'{folder_of(run).name}: {accuracy:.1%}', (end, accuracy), rotation=30)
     axes[0].set(title=title, ylabel='loss (nats per token)',
                 yscale='log' if len(runs) > 1 else 'linear')
     axes[-1].set(xlabel='minutes of training')
@@ -775,8 +780,8 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     if task:
-        runs = [entry.get('init_from', '') for entry in checkpoint.get('lineage', [])] + [source]
-        runs = [run for run in runs if Path(run, 'log.jsonl').exists()] or [source]
+        runs = [entry.get('init_from', '') for entry in checkpoint.get('lineage', [])]
+        runs = [run for run in runs if (folder_of(run) / 'log.jsonl').exists()] + [source]
         try:
             if write:
                 return write_answers(ready(model, where, kind), tokenizer, source)

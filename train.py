@@ -39,6 +39,7 @@ from sample import (
     ask,
     auto_device,
     auto_dtype,
+    folder_of,
     generate,
     load_model,
     out_of_memory,
@@ -396,7 +397,7 @@ def frozen(run, source):
     if source in ('', 'scratch'):
         raise ValueError(f'--stage={stage} needs a run that has learned something: --init_from= or '
                          '--teacher=')
-    if Path(source).resolve() == Path(out_dir).resolve():
+    if folder_of(source).resolve() == Path(out_dir).resolve():
         raise ValueError(f'--out_dir={out_dir} is the run that --teacher reads: choose another')
     model, _ = load_fitting(run, source)
     digest = hashlib.sha256()
@@ -705,8 +706,8 @@ def setup():
         run.dtype = torch.float32
     torch.set_float32_matmul_precision('high')
     find_data(run)
-    source = Path(init_from).parent if init_from.endswith('.pt') else Path(init_from)
-    if not (eval_only or dry_run) and source.resolve() == Path(out_dir).resolve():
+    source = folder_of(init_from).resolve()
+    if not (eval_only or dry_run) and source == Path(out_dir).resolve():
         raise ValueError(f'--out_dir={out_dir} is the run that --init_from reads: choose another')
     return run
 

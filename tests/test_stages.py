@@ -623,7 +623,13 @@ def test_a_task_is_graded_along_the_chain_of_runs(talks, taught, tmp_path):
     text = inside('sample.py', *how, '--max_new_tokens=5', '--dtype=float32')
     assert re.search(rf'^{taught} +\d+\.\d%', text, re.M)
     assert re.search(rf'^{tmp_path}/out +100.0%', text, re.M)
-    assert (tmp_path / 'out' / 'stages.png').stat().st_size > 5000
+    drawn = tmp_path / 'out' / 'stages.png'
+    assert drawn.stat().st_size > 5000
+    drawn.unlink()
+    text = inside(
+        'sample.py', *how[1:], f'--out_dir={tmp_path}/out/ckpt.pt', '--max_new_tokens=5'
+    )
+    assert re.search(rf'^{tmp_path}/out/ckpt.pt +100.0%', text, re.M) and drawn.exists()
 
 
 def test_the_loop_does_not_contain_the_name_of_a_stage():
