@@ -179,10 +179,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or G, T or S, D)
+        if T == 1:  # heads that share a key are as many queries to one head: it is read once
+            q = q.reshape(B, G, H // G, self.width)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if cache is None else cache.mask, is_causal=cache is None,
-            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=H != G)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=T > 1 and H != G)
+        y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.config.dropout, self.training)
 
 

@@ -4,12 +4,13 @@ Our own world of questions, endless and checkable: sums, word problems, spelling
     python data/arithmetic/prepare.py                       # 2,000 worked answers to learn from
     python data/arithmetic/prepare.py --demonstrations=500
 
-A word problem has an opening, one or two events (some of no consequence) and an ending, each in
-one of many wordings. An answer shows its work in GSM8K's form: calls of the calculator, then
+A word problem has an opening, an event (maybe of no consequence) and an ending, each in one of many
+wordings. An answer shows its work in GSM8K's form: calls of the calculator, then
 #### and the result. No question is in both splits: its checksum says where it belongs.
 """
 import json
 import random
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -43,14 +44,25 @@ OPENINGS = {
     '+': ['{n} has {x} {i} in one bag and {y} in another.', '{n} finds {x} {i} here and {y} there.',
           'On Monday {n} makes {x} {i}, on Tuesday {y}.']}
 EVENTS = {
-    '+': ['{n} {gain} {x} more{w}.', '{n} {gain} {x} {i}{w}.', '{m} gives {x} {i} to {n}{w}.'],
-    '-': ['{n} {loss} {x} of them{w}.', '{n} {loss} {x} {i}{w}.', '{n} gives {x} to {m}{w}.',
-          '{m} takes {x} of them{w}.', '{x} of the {i} break{w}.'],
-    '*': ['Soon there are {x} times as many.', '{n} makes it {x} times as many{w}.'],
+    '+': ['{n} {gain} {x} {i}{w}.', '{n} {gain} {x} more{w}.', '{m} gives {x} {i} to {n}{w}.'],
+    '-': ['{n} {loss} {x} {i}{w}.', '{n} {loss} {x} of them{w}.', '{n} gives {x} to {m}{w}.'],
+    '*': ['Soon there are {x} times as many.', '{n} soon has {x} times as many{w}.'],
     '': ['{m} {gain} {x} {j}{w}.', '{m} {loss} {x} {j}{w}.', '{m} gives {x} {j} to {o}{w}.',
          '{m} is {x} years old.', 'It is day {x} of the year.']}
-GAINS = 'buys finds gets wins earns receives collects borrows'.split()
-LOSSES = 'loses sells drops breaks burns returns forgets ruins'.split()
+# Ways to have more of them or less. As in any language the first words are frequent and most are
+# rare: worked answers show some of them once or never.
+GAINS = ('buys finds gets wins earns makes receives collects borrows gathers catches discovers '
+         'orders steals builds grabs fetches produces creates gains saves imports recovers accepts '
+         'inherits rescues unpacks obtains acquires prints captures claims adopts harvests scores '
+         'crafts hires secures retrieves unearths uncovers purchases salvages regains amasses '
+         'procures hoards invents pockets snatches unwraps scavenges forges bags nabs extracts '
+         'conjures wangles pilfers swipes').split()
+LOSSES = ('loses sells drops breaks burns sends throws returns forgets leaves ruins spends lends '
+          'wastes destroys ships mails trades donates removes abandons smashes posts tosses exports '
+          'dumps melts crushes sacrifices surrenders discards scraps scatters misplaces wrecks sinks '
+          'pawns forfeits squanders recycles shatters auctions demolishes gambles consumes trashes '
+          'shreds delivers expels erases mislays yields ejects bequeaths vaporizes flings jettisons '
+          'splinters banishes relinquishes').split()
 WHEN = ['', '', ' today', ' at school', ' on Sunday', ' after lunch', ' in the rain', ' at night']
 ENDINGS = {
     '': ['How many {i} does {n} have now?', 'How many {i} has {n} in the end?',
@@ -78,24 +90,34 @@ def factor(rng):
     return rng.randrange(2, 10)
 
 
+def rare(rng, words):
+    """One of words, the first ones most often."""
+    return words[int(len(words) * rng.random() ** 2)]
+
+
 def wording(rng, choices, sign=None):
     """-> what it does to the number, text with places for names, things and numbers"""
     sign = rng.choice(list(choices)) if sign is None else sign
-    words = {'{gain}': rng.choice(GAINS), '{loss}': rng.choice(LOSSES), '{w}': rng.choice(WHEN)}
+    words = {'{gain}': rare(rng, GAINS), '{loss}': rare(rng, LOSSES), '{w}': rng.choice(WHEN)}
     text = rng.choice(choices[sign])
     for place, word in words.items():
         text = text.replace(place, word)
     return sign, text
 
 
+def quoted(sentence):
+    """Its numbers, each with the word before it: what a worked answer quotes of a sentence."""
+    return ' '.join(re.findall(r'\w+ \d+', sentence))
+
+
 def word_problem(rng, digits, events, most):
-    """-> question, calls. The numbers so far stay positive and below 100,000."""
+    """-> question, steps (quote, call or ''), answer. Numbers stay positive and below 100,000."""
     (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
     sign, text = wording(rng, OPENINGS)
     x, y = number(rng, digits), factor(rng) if sign == '*' else number(rng, digits)
     said = [text.format(n=n, i=i, x=x, y=y)]
-    calls = [f'{x}{sign}{y}'] if sign else []
-    so_far = int(calculate(calls[0])) if sign else x
+    steps = [(quoted(said[0]), f'{x}{sign}{y}' if sign else '')]
+    so_far = int(calculate(steps[0][1])) if sign else x
     parts = [events] * rng.randint(1, most) + [ENDINGS]
     for part in parts:
         sign, text = wording(rng, part)
@@ -105,16 +127,16 @@ def word_problem(rng, digits, events, most):
         x = rng.randrange(1, min(x, so_far - 1) + 1) if sign == '-' else x
         said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x))
         if sign:
-            calls.append(f'{so_far}{sign}{x}')
-            so_far = int(calculate(calls[-1]))
-    return ' '.join(said), calls or [str(so_far)]
+            steps.append((quoted(said[-1]), f'{so_far}{sign}{x}'))
+            so_far = int(calculate(steps[-1][1]))
+    return ' '.join(said), steps, str(so_far)
 
 
 def sum_of_two(rng, digits):
     sign, text = wording(rng, SUMS)
     x, y = number(rng, digits), factor(rng) if sign == '*' else number(rng, digits)
     x, y = (max(x, y), min(x, y)) if sign == '-' else (x, y)
-    return text.format(x=x, y=y), [f'{x}{sign}{y}']
+    return text.format(x=x, y=y), f'{x}{sign}{y}'
 
 
 def word_of(rng):
@@ -130,7 +152,7 @@ def letters_of(rng):
     letter = rng.choice(word if rng.random() < 0.9 else 'abcdefghijklmnopqrstuvwxyz')
     text = rng.choice(['How many letters {l} are in {w}?', "How many {l}'s are in {w}?",
                        'Count the letter {l} in the word {w}.'])
-    return text.format(l=letter, w=word), [f'"{word}".count("{letter}")']
+    return text.format(l=letter, w=word), f'"{word}".count("{letter}")'
 
 
 def spelling_of(rng):
@@ -141,24 +163,28 @@ def spelling_of(rng):
 def example(rng, digits, events, most):
     """-> kind, question, parts of the worked answer, the final answer"""
     kind = rng.choices(['problem', 'sum', 'letters', 'spelling'], [14, 3, 2, 1])[0]
-    if kind == 'spelling':
-        question, answer = spelling_of(rng)
-        return dict(kind=kind, question=question, answer=answer,
-                    parts=[{'type': 'text', 'text': f'#### {answer}'}])
     if kind == 'problem':
-        question, calls = word_problem(rng, digits, events, most)
+        question, steps, answer = word_problem(rng, digits, events, most)
+    elif kind == 'spelling':
+        question, answer = spelling_of(rng)
+        steps = []
     else:
-        question, calls = sum_of_two(rng, digits) if kind == 'sum' else letters_of(rng)
-    parts, answer = [], calculate(calls[-1])
-    for call in calls:
-        parts += [{'type': 'call', 'text': call}, {'type': 'result', 'text': calculate(call)}]
+        question, call = sum_of_two(rng, digits) if kind == 'sum' else letters_of(rng)
+        steps, answer = [('', call)], calculate(call)
+    parts = []
+    for quote, call in steps:
+        if quote:
+            parts.append({'type': 'text', 'text': f'{quote} '})
+        if call:
+            parts += [{'type': 'call', 'text': call}, {'type': 'result', 'text': calculate(call)},
+                      {'type': 'text', 'text': ' '}]
     parts.append({'type': 'text', 'text': f'#### {answer}'})
     return dict(kind=kind, question=question, parts=parts, answer=answer)
 
 
 LONGEST = 240   # characters of a question and its answer: a row of 256 holds them
 VARIANTS = {    # for the test alone
-    'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 4}}
+    'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 3}}
 
 
 def world():
@@ -172,7 +198,7 @@ def split_of(question):
     return {0: 'test', 1: 'val'}.get(zlib.crc32(question.encode()) % 10, 'train')
 
 
-def examples(split='train', seed=0, digits=None, events=EVENTS, most=2):
+def examples(split='train', seed=0, digits=None, events=EVENTS, most=1):
     """Yields questions of a split without end: {kind, question, parts, answer}, by seed. A word
     problem has at most so many events."""
     rng, digits = random.Random(f'{split} {seed}'), digits or world()

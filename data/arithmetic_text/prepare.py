@@ -18,6 +18,7 @@ from data.arithmetic.prepare import (  # noqa: E402
     OPENINGS,
     factor,
     number,
+    quoted,
     word_of,
     wording,
 )
@@ -31,19 +32,17 @@ def story(rng):
     """Something happens to the things of n; then the numbers are noted, all of them or n's."""
     (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
     said, mine = [], []
-    for part in [OPENINGS] + [EVENTS] * rng.randint(0, 3):
+    for part in [OPENINGS] + [EVENTS] * rng.randint(0, 2):
         sign, text = wording(rng, part)
         x = factor(rng) if sign == '*' and part is EVENTS else number(rng, 3)
         y = factor(rng) if sign == '*' else number(rng, 3)
         said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x, y=y))
-        if part is OPENINGS:
-            mine += [x, y] if sign else [x]
-        elif sign:
-            mine.append(x)
-    noted, mine = re.findall(r'\d+', ' '.join(said)), ', '.join(map(str, mine))
+        if sign or part is OPENINGS:
+            mine.append(quoted(said[-1]))
+    numbers, mine = re.findall(r'\d+', ' '.join(said)), ' '.join(mine)
     return ' '.join(said + rng.sample([
-        f'The numbers are {", ".join(noted)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
-        f'It began with {noted[0]}, it ended with {noted[-1]}.'], 2))
+        f'The numbers are {", ".join(numbers)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
+        f'It began with {numbers[0]}, it ended with {numbers[-1]}.'], 2))
 
 
 def fact(rng):
@@ -59,7 +58,7 @@ def fact(rng):
 def text_of(count, seed):
     rng, lines, size = random.Random(seed), [], 0
     while size < count:
-        lines.append(story(rng) if rng.random() < 0.6 else fact(rng))
+        lines.append(story(rng) if rng.random() < 0.5 else fact(rng))
         size += len(lines[-1]) + 1
     return '\n'.join(lines)
 
