@@ -31,7 +31,7 @@ TINY = (
 ).split()
 FAMILIES = {
     'modern': {},
-    'grouped heads': {'n_kv_head': 1},
+    'grouped heads': {'n_head': 4, 'n_kv_head': 2},
     'n-grams': {'ngrams': 3, 'ngram_rows': 60},
     'GPT-2': dict(GPT2, vocab_multiple=64),
 }
