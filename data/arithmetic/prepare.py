@@ -44,25 +44,25 @@ OPENINGS = {
     '+': ['{n} has {x} {i} in one bag and {y} in another.', '{n} finds {x} {i} here and {y} there.',
           'On Monday {n} makes {x} {i}, on Tuesday {y}.']}
 EVENTS = {
-    '+': ['{n} {gain} {x} {i}{w}.', '{n} {gain} {x} more{w}.', '{m} gives {x} {i} to {n}{w}.'],
-    '-': ['{n} {loss} {x} {i}{w}.', '{n} {loss} {x} of them{w}.', '{n} gives {x} to {m}{w}.'],
+    '+': ['{n} {gain} {x} {i}{w}.', 'Then {n} {gain} {x} {i}.', '{m} gives {x} {i} to {n}{w}.'],
+    '-': ['{n} {loss} {x} {i}{w}.', 'Then {n} {loss} {x} {i}.', '{n} gives {x} {i} to {m}{w}.'],
     '*': ['Soon there are {x} times as many.', '{n} soon has {x} times as many{w}.'],
-    '': ['{m} {gain} {x} {j}{w}.', '{m} {loss} {x} {j}{w}.', '{m} gives {x} {j} to {o}{w}.',
-         '{m} is {x} years old.', 'It is day {x} of the year.']}
-# Ways to have more of them or less. As in any language the first words are frequent and most are
-# rare: worked answers show some of them once or never.
+    '': ['{m} {gain} {x} {j}{w}.', '{m} is {x} years old.', 'It is day {x} of the year.',
+         '{x} people are in the street{w}.']}
+# Ways to have more of them or less. There are so many that 2,000 worked answers show each but a few
+# times, and whether it is more or less is all that there is to learn of one.
 GAINS = ('buys finds gets wins earns makes receives collects borrows gathers catches discovers '
          'orders steals builds grabs fetches produces creates gains saves imports recovers accepts '
          'inherits rescues unpacks obtains acquires prints captures claims adopts harvests scores '
          'crafts hires secures retrieves unearths uncovers purchases salvages regains amasses '
          'procures hoards invents pockets snatches unwraps scavenges forges bags nabs extracts '
          'conjures wangles pilfers swipes').split()
-LOSSES = ('loses sells drops breaks burns sends throws returns forgets leaves ruins spends lends '
-          'wastes destroys ships mails trades donates removes abandons smashes posts tosses exports '
-          'dumps melts crushes sacrifices surrenders discards scraps scatters misplaces wrecks sinks '
-          'pawns forfeits squanders recycles shatters auctions demolishes gambles consumes trashes '
-          'shreds delivers expels erases mislays yields ejects bequeaths vaporizes flings jettisons '
-          'splinters banishes relinquishes').split()
+LOSSES = ('loses sells drops breaks burns sends throws returns forgets leaves ruins spends '
+          'lends wastes destroys ships mails trades donates removes abandons smashes posts '
+          'tosses exports dumps melts crushes sacrifices surrenders discards scraps scatters '
+          'misplaces wrecks sinks pawns forfeits squanders recycles shatters auctions '
+          'demolishes gambles consumes trashes shreds delivers expels erases mislays yields '
+          'ejects bequeaths vaporizes flings jettisons splinters banishes relinquishes').split()
 WHEN = ['', '', ' today', ' at school', ' on Sunday', ' after lunch', ' in the rain', ' at night']
 ENDINGS = {
     '': ['How many {i} does {n} have now?', 'How many {i} has {n} in the end?',
@@ -90,15 +90,10 @@ def factor(rng):
     return rng.randrange(2, 10)
 
 
-def rare(rng, words):
-    """One of words, the first ones most often."""
-    return words[int(len(words) * rng.random() ** 2)]
-
-
 def wording(rng, choices, sign=None):
     """-> what it does to the number, text with places for names, things and numbers"""
     sign = rng.choice(list(choices)) if sign is None else sign
-    words = {'{gain}': rare(rng, GAINS), '{loss}': rare(rng, LOSSES), '{w}': rng.choice(WHEN)}
+    words = {'{gain}': rng.choice(GAINS), '{loss}': rng.choice(LOSSES), '{w}': rng.choice(WHEN)}
     text = rng.choice(choices[sign])
     for place, word in words.items():
         text = text.replace(place, word)
@@ -144,7 +139,7 @@ def word_of(rng):
     if rng.random() < 0.5:
         return rng.choice(WORDS)
     return ''.join(rng.choice(ONSETS) + rng.choice(VOWELS)
-                   for _ in range(rng.randint(1, 3))) + rng.choice(CODAS)
+                   for _ in range(rng.randint(1, 2))) + rng.choice(CODAS)
 
 
 def letters_of(rng):

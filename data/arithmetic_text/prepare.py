@@ -39,26 +39,29 @@ def story(rng):
         said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x, y=y))
         if sign or part is OPENINGS:
             mine.append(quoted(said[-1]))
-    numbers, mine = re.findall(r'\d+', ' '.join(said)), ' '.join(mine)
+    numbers = re.findall(r'\d+', ' '.join(said))
+    mine = ' '.join(mine) + ': ' + ', '.join(re.findall(r'\d+', ' '.join(mine)))
     return ' '.join(said + rng.sample([
         f'The numbers are {", ".join(numbers)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
         f'It began with {numbers[0]}, it ended with {numbers[-1]}.'], 2))
 
 
 def fact(rng):
-    x, y, word = number(rng, 3), number(rng, 3), word_of(rng)
+    """Of numbers or of a word; most of it can be copied from where it was said before."""
+    x, y, z, word = number(rng, 4), number(rng, 3), number(rng, 5), word_of(rng)
     letter, spelled = rng.choice(word), '-'.join(word)
     return rng.choice([
-        f'{x}+{y} is {x + y}. Again: {x}+{y} is {x + y}.', f'{x} and {y}, {y} and {x}.',
-        f'"{word}" is the word {word}.', f'{word} is written {spelled}.',
-        f'{spelled} is {word}, "{word}".', f'"{letter}" is in "{word}", {letter} in {word}.',
-        f'{word} begins with {word[0]} and ends with {word[-1]}: {spelled}.'])
+        f'{x}+{y} is {x + y}. Again: {x}+{y} is {x + y}.', f'{x} {y} {z}, again {x} {y} {z}.',
+        f'{word} begins with {word[0]} and ends with {word[-1]}: {spelled}.',
+        f'"{word}" is the word {word}. Again: "{word}".',
+        f'{word} is written {spelled}, {word}.', f'{spelled} is {word}, "{word}".',
+        f'"{letter}" is in "{word}", {letter} in {word}.'])
 
 
 def text_of(count, seed):
     rng, lines, size = random.Random(seed), [], 0
     while size < count:
-        lines.append(story(rng) if rng.random() < 0.5 else fact(rng))
+        lines.append(story(rng) if rng.random() < 0.45 else fact(rng))
         size += len(lines[-1]) + 1
     return '\n'.join(lines)
 
