@@ -1,8 +1,11 @@
 """
-Text to tokens and back: one token a character, or GPT-2's byte pairs (tiktoken).
+Text to tokens and back: a token for each character, GPT-2's byte pairs, or the words of a small
+world (both by tiktoken).
 
 A tokenizer is a plain dict, small enough to travel in a checkpoint:
-    {'kind': 'char', 'chars': '\\n !,...', 'special': ['<|endoftext|>', ...]} or {'kind': 'gpt2'}
+    {'kind': 'char', 'chars': '\\n !,...', 'special': ['<|endoftext|>', ...]}
+    {'kind': 'gpt2'}
+    {'kind': 'words', 'words': [' has', 'Anna', ...]}
 Special tokens come only from the program, or from encode(..., special=True): in ordinary text their
 names are letters.
 """
@@ -30,12 +33,24 @@ def gpt2_encoding():
         special_tokens={**base._special_tokens, **chat})
 
 
+@functools.cache
+def word_encoding(words):
+    """A token for each of these words; all else is its bytes, of other words the letters."""
+    import tiktoken
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks.update((word.encode(), 256 + i) for i, word in enumerate(words))
+    return tiktoken.Encoding(
+        'words', pat_str=r' ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]+', mergeable_ranks=ranks,
+        special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL)})
+
+
 class Tokenizer:
 
     def __init__(self, spec):
         self.spec = spec
-        if spec['kind'] == 'gpt2':
-            self.bpe = gpt2_encoding()
+        if spec['kind'] in ('gpt2', 'words'):
+            words = spec['kind'] == 'words'
+            self.bpe = word_encoding(tuple(spec['words'])) if words else gpt2_encoding()
             self.vocab_size = self.bpe.n_vocab
             self.special = {name: self.bpe.encode_single_token(name) for name in SPECIAL}
         elif spec['kind'] == 'char':
@@ -45,12 +60,20 @@ class Tokenizer:
             self.vocab_size = len(self.chars) + len(self.special)
             self.names = list(spec['chars']) + spec['special']
         else:
-            raise ValueError(f'a tokenizer of kind {spec["kind"]!r}: only char and gpt2 are known')
+            raise ValueError(f'a tokenizer of kind {spec["kind"]!r}: not char, gpt2 or words')
 
     @classmethod
     def of_text(cls, text):
         """The character tokenizer of a text: its characters in order, then the special tokens."""
         return cls({'kind': 'char', 'chars': ''.join(sorted(set(text))), 'special': SPECIAL})
+
+    @classmethod
+    def of_words(cls, text):
+        """A token for each word of a text as it stands after a space, one with a capital as it
+        begins a text too."""
+        words = set(re.findall('[A-Za-z]{2,}', text))
+        return cls({'kind': 'words', 'words': sorted(
+            {' ' + word for word in words} | {word for word in words if word[0].isupper()})})
 
     @property
     def end(self):

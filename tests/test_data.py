@@ -18,23 +18,34 @@ from data.tokenizer import SPECIAL, Tokenizer
 MIXED = 'naïve 🙂 سلام 你好 é'
 
 
-@pytest.mark.parametrize('kind', ['char', 'gpt2'])
+def tokenizer_of(kind, text, bpe):
+    return bpe if kind == 'gpt2' else getattr(Tokenizer, kind)(text)
+
+
+@pytest.mark.parametrize('kind', ['of_text', 'of_words', 'gpt2'])
 def test_decode_undoes_encode(kind, bpe):
-    tokenizer = bpe if kind == 'gpt2' else Tokenizer.of_text(MIXED)
+    tokenizer = tokenizer_of(kind, MIXED, bpe)
     ids = tokenizer.encode(MIXED)
     assert tokenizer.decode(ids) == MIXED
     assert sum(tokenizer.byte_lengths()[i] for i in ids) == len(MIXED.encode())
 
 
-@pytest.mark.parametrize('kind', ['char', 'gpt2'])
+@pytest.mark.parametrize('kind', ['of_text', 'of_words', 'gpt2'])
 def test_special_tokens_come_only_from_the_operator(kind, bpe):
     text = 'a<|endoftext|>b<|user|>'
-    tokenizer = bpe if kind == 'gpt2' else Tokenizer.of_text(text)
+    tokenizer = tokenizer_of(kind, text, bpe)
     special = set(tokenizer.special.values())
     assert not special & set(tokenizer.encode(text))
     assert len(special & set(tokenizer.encode(text, special=True))) == 2
     assert tokenizer.decode(tokenizer.encode(text, special=True)) == text
     assert set(tokenizer.special) == set(SPECIAL)
+
+
+def test_a_word_is_a_token_and_another_is_letters():
+    tokenizer = Tokenizer.of_words('Anna has coins')
+    assert tokenizer.spec['words'] == [' Anna', ' coins', ' has', 'Anna']
+    said = [tokenizer.decode([i]) for i in tokenizer.encode('Anna has 12 pens, Anna')]
+    assert said == ['Anna', ' has', ' ', '1', '2', ' ', 'p', 'e', 'n', 's', ',', ' Anna']
 
 
 def test_an_unseen_character_is_named():

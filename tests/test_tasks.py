@@ -14,9 +14,9 @@ from data.arithmetic import prepare as arithmetic
 from data.arithmetic_text.prepare import text_of
 from data.files import DATA, script_of, task_of
 from data.rows import Conversations
-from data.tokenizer import Tokenizer, Voice
+from data.tokenizer import Voice
 
-ASCII = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
+WORLD = arithmetic.tokenizer()
 
 
 def take(count, *how, **world):
@@ -30,7 +30,7 @@ def as_people_see_it(tokenizer, messages):
 
 def test_worked_answers_earn_their_reward_and_nothing_else_does():
     for example in take(300) + take(200, 'test', events=arithmetic.NEW, digits=4):
-        text = as_people_see_it(ASCII, arithmetic.conversation(example))
+        text = as_people_see_it(WORLD, arithmetic.conversation(example))
         assert arithmetic.reward(example, text) == 1.0
         assert arithmetic.reward(example, text + '0') == 0.0
         assert arithmetic.reward(example, text.replace('####', '')) == 0.0
@@ -55,6 +55,15 @@ def test_a_worked_answer_quotes_what_it_computes_with():
                 known = [arithmetic.calculate(call)]
         assert known == [answer]
         assert 'years' not in ' '.join(quote for quote, _ in steps)
+
+
+def test_words_of_the_world_are_tokens_and_those_to_be_spelled_are_letters():
+    question = next(e['question'] for e in take(100) if e['kind'] == 'problem')
+    assert len(WORLD.encode(question)) < len(question) / 2
+    assert WORLD.encode('strawberry') == list(b'strawberry')
+    lone = [w for w in arithmetic.NAMES + arithmetic.GAINS + arithmetic.LOSSES + arithmetic.ITEMS
+            if len(WORLD.encode(' ' + w)) > 1]  # fmt: skip
+    assert not lone
 
 
 def test_no_word_means_more_and_less():
@@ -121,7 +130,7 @@ def test_notes_of_what_matters_leave_the_rest_out():
 def test_the_text_to_learn_writing_from_holds_no_question_and_no_worked_answer():
     text = text_of(100_000, 'train')
     assert '?' not in text and '####' not in text and '<' not in text
-    assert set(text) <= set(ASCII.chars)
+    assert text.isascii()
     asked = re.compile('|'.join(re.escape(t.split('{')[0]) for group in
                                 arithmetic.SUMS.values() for t in group))  # fmt: skip
     assert not asked.search(text)
@@ -133,7 +142,7 @@ def test_small_talk_is_in_the_vocabulary_and_alternates():
     for _ in range(300):
         messages = smalltalk.talk(rng)
         assert [m['role'] for m in messages] == ['user', 'assistant'] * (len(messages) // 2)
-        ASCII.render(messages)
+        WORLD.render(messages)
 
 
 @pytest.mark.parametrize('name', ['arithmetic', 'smalltalk'])
@@ -143,7 +152,7 @@ def test_conversations_are_prepared_with_their_masks(tmp_path, name):
     made.prepare(tmp_path)
     texts = Conversations(tmp_path, 'train', 400)
     assert len(texts.spans) == 40
-    end, user = ASCII.special['<|end|>'], ASCII.special['<|user|>']
+    end, user = WORLD.special['<|end|>'], WORLD.special['<|user|>']
     for i in range(40):
         ids, mask = texts.conversation(i)
         assert ids[1] == user and mask[1] == 0 and ids[-1] == end and mask[-1] == 1

@@ -19,13 +19,13 @@ from data.arithmetic.prepare import (  # noqa: E402
     factor,
     number,
     quoted,
+    tokenizer,
     word_of,
     wording,
 )
 from data.files import by_hand, write_tokens  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
 
-characters = 3_000_000  # of text to train on
+characters = 8_000_000  # of text to train on
 
 
 def story(rng):
@@ -67,10 +67,10 @@ def text_of(count, seed):
 
 
 def prepare(folder=Path(__file__).parent):
-    tokenizer = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
-    write_tokens(folder, tokenizer, 'sentences made up from a seed',
-                 train=tokenizer.encode(text_of(characters, 'train')),
-                 val=tokenizer.encode(text_of(characters // 20, 'val')))
+    encode = tokenizer().encode
+    write_tokens(folder, tokenizer(), 'sentences made up from a seed',
+                 train=encode(text_of(characters, 'train')),
+                 val=encode(text_of(characters // 20, 'val')))
 
 
 if __name__ == '__main__':

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from configurator import configure  # noqa: E402
+from data.arithmetic.prepare import tokenizer  # noqa: E402
 from data.files import by_hand, write_conversations  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
 
 conversations = 2000    # to train on
 seed = 1                # which they are
@@ -67,9 +67,8 @@ def talk(rng):
 
 def prepare(folder=Path(__file__).parent):
     rng = random.Random(seed)
-    tokenizer = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
     made = [talk(rng) for _ in range(conversations + conversations // 10)]
-    write_conversations(folder, tokenizer, 'conversations written for this project',
+    write_conversations(folder, tokenizer(), 'conversations written for this project',
                         train=made[:conversations], val=made[conversations:])
 
 
