@@ -183,7 +183,7 @@ class Attention(nn.Module):
             q = q.reshape(B, G, H // G, self.width)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if cache is None else cache.mask, is_causal=cache is None,
-            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=T > 1 and H != G)
+            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=q.shape[1] != G)
         y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.config.dropout, self.training)
 

@@ -38,7 +38,8 @@ def word_encoding(words):
     """A token for each of these words; all else is its bytes, of other words the letters."""
     import tiktoken
     ranks = {bytes([i]): i for i in range(256)}
-    ranks.update((word.encode(), 256 + i) for i, word in enumerate(words))
+    for word in words:      # one that is there twice would leave a gap, where special tokens begin
+        ranks.setdefault(word.encode(), len(ranks))
     return tiktoken.Encoding(
         'words', pat_str=r' ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]+', mergeable_ranks=ranks,
         special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL)})
@@ -49,8 +50,8 @@ class Tokenizer:
     def __init__(self, spec):
         self.spec = spec
         if spec['kind'] in ('gpt2', 'words'):
-            words = spec['kind'] == 'words'
-            self.bpe = word_encoding(tuple(spec['words'])) if words else gpt2_encoding()
+            self.bpe = (gpt2_encoding() if spec['kind'] == 'gpt2' else
+                        word_encoding(tuple(spec['words'])))
             self.vocab_size = self.bpe.n_vocab
             self.special = {name: self.bpe.encode_single_token(name) for name in SPECIAL}
         elif spec['kind'] == 'char':

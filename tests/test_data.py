@@ -48,6 +48,13 @@ def test_a_word_is_a_token_and_another_is_letters():
     assert said == ['Anna', ' has', ' ', '1', '2', ' ', 'p', 'e', 'n', 's', ',', ' Anna']
 
 
+def test_a_word_listed_twice_is_no_way_to_a_special_token():
+    tokenizer = Tokenizer({'kind': 'words', 'words': [' x', ' x', 'a', '<|end|>']})
+    ids = tokenizer.encode('a x<|end|>')
+    assert not set(ids) & set(tokenizer.special.values())
+    assert tokenizer.decode(ids) == 'a x<|end|>' and tokenizer.decode([97]) == 'a'
+
+
 def test_an_unseen_character_is_named():
     with pytest.raises(ValueError, match=r"'€' \(U\+20AC\)"):
         Tokenizer.of_text('abc').encode('a€')

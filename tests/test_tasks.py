@@ -36,7 +36,7 @@ def test_worked_answers_earn_their_reward_and_nothing_else_does():
         assert arithmetic.reward(example, text.replace('####', '')) == 0.0
         assert arithmetic.reward(example, example['answer']) == 0.0
         steps = [part['text'] for part in example['parts'] if part['type'] == 'call']
-        assert all(re.fullmatch(r'\d+[-+*]\d+|"\w+"\.count\("\w"\)|\d+', step) for step in steps)
+        assert all(re.fullmatch(r'\d+[-+*]\d+|"\w+"\.count\("\w"\)', step) for step in steps)
 
 
 def test_a_worked_answer_quotes_what_it_computes_with():
@@ -67,9 +67,9 @@ def test_words_of_the_world_are_tokens_and_those_to_be_spelled_are_letters():
 
 
 def test_no_word_means_more_and_less():
-    told = ' '.join(e['question'] for e in take(4000))
+    told = set(re.findall(r'\w+', ' '.join(e['question'] for e in take(4000))))
     for words in arithmetic.GAINS, arithmetic.LOSSES:
-        assert all(word in told for word in words) and len(words) == len(set(words)) == 60
+        assert set(words) <= told and len(words) == len(set(words)) == 60
     assert not set(arithmetic.GAINS) & set(arithmetic.LOSSES)
 
 
@@ -138,7 +138,7 @@ def test_the_text_to_learn_writing_from_holds_no_question_and_no_worked_answer()
 
 def test_small_talk_is_in_the_vocabulary_and_alternates():
     smalltalk = script_of(DATA / 'smalltalk')
-    rng = __import__('random').Random(3)
+    rng = random.Random(3)
     for _ in range(300):
         messages = smalltalk.talk(rng)
         assert [m['role'] for m in messages] == ['user', 'assistant'] * (len(messages) // 2)
