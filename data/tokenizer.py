@@ -41,7 +41,7 @@ def word_encoding(words):
     for word in words:      # one that is there twice would leave a gap, where special tokens begin
         ranks.setdefault(word.encode(), len(ranks))
     return tiktoken.Encoding(
-        'words', pat_str=r' ?[A-Za-z]+|\d|\s|[^\sA-Za-z\d]+', mergeable_ranks=ranks,
+        'words', pat_str=r' ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s', mergeable_ranks=ranks,
         special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL)})
 
 
@@ -70,9 +70,9 @@ class Tokenizer:
 
     @classmethod
     def of_words(cls, text):
-        """A token for each word of a text as it stands after a space, one with a capital as it
-        begins a text too."""
-        words = set(re.findall('[A-Za-z]{2,}', text))
+        """A token for each word and #### of a text as it stands after a space, for a word with a
+        capital as it begins a text too."""
+        words = set(re.findall('[A-Za-z]{2,}|#+', text))
         return cls({'kind': 'words', 'words': sorted(
             {' ' + word for word in words} | {word for word in words if word[0].isupper()})})
 

@@ -4,9 +4,10 @@ Our own world of questions, endless and checkable: sums, word problems, spelling
     python data/arithmetic/prepare.py                       # 2,000 worked answers to learn from
     python data/arithmetic/prepare.py --demonstrations=500
 
-A word problem has an opening, an event (maybe of no consequence) and an ending, each in one of many
-wordings. An answer shows its work in GSM8K's form: calls of the calculator, then
-#### and the result. No question is in both splits: its checksum says where it belongs.
+A word problem has an opening, one or two events (maybe of no consequence) and an ending, each in
+one of many wordings. An answer goes through it sentence by sentence: who and how many, a call of
+the calculator if that matters; then, as in GSM8K, #### and the result. No question is in both
+splits: its checksum says where it belongs.
 """
 import json
 import random
@@ -44,13 +45,15 @@ OPENINGS = {
     '+': ['{n} has {x} {i} in one bag and {y} in another.', '{n} finds {x} {i} here and {y} there.',
           'On Monday {n} makes {x} {i}, on Tuesday {y}.']}
 EVENTS = {
-    '+': ['{n} {gain} {x} {i}{w}.', 'Then {n} {gain} {x} {i}.', '{m} gives {x} {i} to {n}{w}.'],
-    '-': ['{n} {loss} {x} {i}{w}.', 'Then {n} {loss} {x} {i}.', '{n} gives {x} {i} to {m}{w}.'],
+    '+': ['{n} {gain} {x} {i}{w}.', 'Then {n} {gain} {x} {i}.', 'Soon {n} {gain} {x} {i}{w}.',
+          '{m} gives {x} {i} to {n}{w}.'],
+    '-': ['{n} {loss} {x} {i}{w}.', 'Then {n} {loss} {x} {i}.', 'Soon {n} {loss} {x} {i}{w}.',
+          '{n} gives {x} {i} to {m}{w}.'],
     '*': ['Soon there are {x} times as many.', '{n} soon has {x} times as many{w}.'],
     '': ['{m} {gain} {x} {j}{w}.', '{m} is {x} years old.', 'It is day {x} of the year.',
-         '{x} people are in the street{w}.']}
-# Ways to have more of them or less. There are so many that 2,000 worked answers show each but a few
-# times, and whether it is more or less is all that there is to learn of one.
+         'In the street are {x} people{w}.']}
+# Ways to have more of them or less, which is all that there is to learn of one: 2,000 worked
+# answers show most of them five to twelve times.
 GAINS = ('buys finds gets wins earns makes receives collects borrows gathers catches discovers '
          'orders steals builds grabs fetches produces creates gains saves imports recovers accepts '
          'inherits rescues unpacks obtains acquires prints captures claims adopts harvests scores '
@@ -88,7 +91,7 @@ def tokenizer():
     wordings = [text for part in (OPENINGS, EVENTS, ENDINGS, SUMS)
                 for texts in part.values() for text in texts]
     others = ('The numbers are notes For it was It began with ended again Again is in begins ends '
-              'and written the word Spell How do you spell many letters Count letter')
+              'and written the word Spell How do you spell many letters Count letter ####')
     return Tokenizer.of_words(' '.join([*NAMES, *ITEMS, *GAINS, *LOSSES, *WHEN, *wordings, others]))
 
 
@@ -111,8 +114,10 @@ def wording(rng, choices, sign=None):
 
 
 def quoted(sentence):
-    """Its numbers, each with the word before it: what a worked answer quotes of a sentence."""
-    return ' '.join(re.findall(r'\w+ \d+', sentence))
+    """Who it is about, and each number with the word before it: what a worked answer quotes."""
+    numbers = re.findall(r'\w+ \d+', sentence)
+    who = [word for word in re.findall(r'\w+', sentence) if word in NAMES and numbers]
+    return ' '.join(who[:1] + numbers)
 
 
 def word_problem(rng, digits, events, most):
@@ -131,9 +136,8 @@ def word_problem(rng, digits, events, most):
         x = factor(rng) if sign == '*' else number(rng, digits)
         x = rng.randrange(1, min(x, so_far - 1) + 1) if sign == '-' else x
         said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x))
-        if sign:
-            steps.append((quoted(said[-1]), f'{so_far}{sign}{x}'))
-            so_far = int(calculate(steps[-1][1]))
+        steps.append((quoted(said[-1]), f'{so_far}{sign}{x}' if sign else ''))
+        so_far = int(calculate(steps[-1][1])) if sign else so_far
     return ' '.join(said), steps, str(so_far)
 
 
@@ -167,7 +171,7 @@ def spelling_of(rng):
 
 def example(rng, digits, events, most):
     """-> kind, question, parts of the worked answer, the final answer"""
-    kind = rng.choices(['problem', 'sum', 'letters', 'spelling'], [14, 3, 2, 1])[0]
+    kind = rng.choices(['problem', 'sum', 'letters', 'spelling'], [15, 2, 2, 1])[0]
     if kind == 'problem':
         question, steps, answer = word_problem(rng, digits, events, most)
     elif kind == 'spelling':
@@ -186,9 +190,9 @@ def example(rng, digits, events, most):
     return dict(kind=kind, question=question, parts=parts, answer=answer)
 
 
-LONGEST = 240   # characters of a question and its answer: a row of 256 holds them
+LONGEST = 480   # characters of a question and its answer: a row of 256 tokens holds them
 VARIANTS = {    # for the test alone
-    'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 3}}
+    'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 4}}
 
 
 def world():
@@ -202,7 +206,7 @@ def split_of(question):
     return {0: 'test', 1: 'val'}.get(zlib.crc32(question.encode()) % 10, 'train')
 
 
-def examples(split='train', seed=0, digits=None, events=EVENTS, most=1):
+def examples(split='train', seed=0, digits=None, events=EVENTS, most=2):
     """Yields questions of a split without end: {kind, question, parts, answer}, by seed. A word
     problem has at most so many events."""
     rng, digits = random.Random(f'{split} {seed}'), digits or world()

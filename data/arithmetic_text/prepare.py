@@ -25,24 +25,24 @@ from data.arithmetic.prepare import (  # noqa: E402
 )
 from data.files import by_hand, write_tokens  # noqa: E402
 
-characters = 8_000_000  # of text to train on
+characters = 4_000_000  # of text to train on
 
 
 def story(rng):
-    """Something happens to the things of n; then the numbers are noted, all of them or n's."""
+    """Something happens to the things of n; then it is noted, all of it or what is n's."""
     (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
-    said, mine = [], []
+    said, notes, mine = [], [], []
     for part in [OPENINGS] + [EVENTS] * rng.randint(0, 2):
         sign, text = wording(rng, part)
         x = factor(rng) if sign == '*' and part is EVENTS else number(rng, 3)
         y = factor(rng) if sign == '*' else number(rng, 3)
         said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x, y=y))
-        if sign or part is OPENINGS:
-            mine.append(quoted(said[-1]))
+        notes.append(quoted(said[-1]))
+        mine += [notes[-1]] if sign or part is OPENINGS else []
     numbers = re.findall(r'\d+', ' '.join(said))
     mine = ' '.join(mine) + ': ' + ', '.join(re.findall(r'\d+', ' '.join(mine)))
     return ' '.join(said + rng.sample([
-        f'The numbers are {", ".join(numbers)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
+        f'The notes are {" ".join(notes)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
         f'It began with {numbers[0]}, it ended with {numbers[-1]}.'], 2))
 
 
