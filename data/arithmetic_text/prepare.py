@@ -20,6 +20,7 @@ from data.arithmetic.prepare import (  # noqa: E402
     number,
     quoted,
     tokenizer,
+    told,
     word_of,
     wording,
 )
@@ -29,20 +30,18 @@ characters = 4_000_000  # of text to train on
 
 
 def story(rng):
-    """Something happens to the things of n; then it is noted, all of it or what is n's."""
-    (n, m, o), (i, j) = rng.sample(NAMES, 3), rng.sample(ITEMS, 2)
-    said, notes, mine = [], [], []
+    """Something happens to the things of n; then it is noted."""
+    (n, m), i = rng.sample(NAMES, 2), rng.choice(ITEMS)
+    said = []
     for part in [OPENINGS] + [EVENTS] * rng.randint(0, 2):
         sign, text = wording(rng, part)
         x = factor(rng) if sign == '*' and part is EVENTS else number(rng, 3)
         y = factor(rng) if sign == '*' else number(rng, 3)
-        said.append(text.format(n=n, m=m, o=o, i=i, j=j, x=x, y=y))
-        notes.append(quoted(said[-1]))
-        mine += [notes[-1]] if sign or part is OPENINGS else []
-    numbers = re.findall(r'\d+', ' '.join(said))
-    mine = ' '.join(mine) + ': ' + ', '.join(re.findall(r'\d+', ' '.join(mine)))
+        said.append(told(rng, text, n=n, m=m, i=i, x=x, y=y))
+    notes, numbers = ' '.join(map(quoted, said)), re.findall(r'\d+', ' '.join(said))
     return ' '.join(said + rng.sample([
-        f'The notes are {" ".join(notes)}.', f'{n} notes {mine}.', f'For {n} it was {mine}.',
+        f'The notes are {notes}.', f'{n} notes {notes}: {", ".join(numbers)}.',
+        f'For {n} it was {", ".join(numbers)}.',
         f'It began with {numbers[0]}, it ended with {numbers[-1]}.'], 2))
 
 
