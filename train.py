@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import configure, read_settings
-from data.files import cut_log, find, fresh_folder, mixture_of, read_meta, task_of, write
+from data.files import cut_log, find, fresh_folder, mixture_of, read_meta, tasks_of, write
 from data.rows import Conversations, Mixture, side_by_side
 from data.tokenizer import Tokenizer, Voice
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig, widened
@@ -197,7 +197,7 @@ def rl(run):
     """
     if num_samples < 2:
         raise ValueError(f'--num_samples={num_samples}: answers are compared, ask for 2 or more')
-    task, start = task_of(one_of(run.data)), frozen(run, run.lineage[-1]['init_from'])
+    task, start = tasks_of(run.data), frozen(run, run.lineage[-1]['init_from'])
 
     def batches(step):
         requests, rewards = rollouts(run, task, step)
@@ -354,7 +354,7 @@ def distill(run):
     """
     guide = frozen(run, teacher)
     if on_policy:
-        task = task_of(one_of(run.data))
+        task = tasks_of(run.data)
 
         def own(step):
             requests, _ = rollouts(run, task, step)

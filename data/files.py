@@ -15,6 +15,7 @@ import pickle
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -233,6 +234,25 @@ def task_of(folder):
         raise ValueError(f'{folder}: not a task; its prepare.py would need examples, conversation '
                          'and reward')
     return task
+
+
+def tasks_of(parts):
+    """-> a task that is a mixture of those in {folder: share}, each question drawn by the shares"""
+    tasks = {folder.name: task_of(folder) for folder in parts}
+
+    def examples(split, seed=0):
+        rng = random.Random(f'{split} {seed}')
+        sources = {name: task.examples(split, seed) for name, task in tasks.items()}
+        while True:
+            name = rng.choices(list(tasks), list(parts.values()))[0]
+            example = next(sources[name], None)
+            if example is None:
+                return
+            yield name, example
+
+    return SimpleNamespace(
+        examples=examples, conversation=lambda drawn: tasks[drawn[0]].conversation(drawn[1]),
+        reward=lambda drawn, answer: tasks[drawn[0]].reward(drawn[1], answer))
 
 
 def fresh_folder(folder):

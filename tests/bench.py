@@ -9,11 +9,13 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py int8 out-shakespeare-char     # a run's validation loss with int8 weights
     python tests/bench.py steps          # the laptop run's steps beside nanoGPT's recipe's
     python tests/bench.py rl out-arithmetic-sft         # where a step of RL spends its time
+    python tests/bench.py demonstrations 200 500    # accuracy of out-sft-200, out-rl-200, ...
     python tests/bench.py server         # 16 clients of the web server against the bare loop
 """
 
 import concurrent.futures
 import http.client
+import itertools
 import json
 import sys
 import tempfile
@@ -26,11 +28,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from assets.serve import Server  # noqa: E402
 from configurator import configure, read_settings  # noqa: E402
-from data.files import DATA, Tokens  # noqa: E402
+from data.files import DATA, Tokens, task_of  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 from sample import (  # noqa: E402
     Request,
+    ask,
     auto_device,
     decode,
     generate,
@@ -238,9 +241,9 @@ def rl(folder):
         configure(vars(train), [*layers, '--log_interval=1000000'])
         run = train.setup()
         batches, _ = train.prepare(run, *train.make_model(run))
-    task = train.task_of(next(iter(run.data)))
+    task = train.tasks_of(run.data)
     task.reward = stopwatch('scoring', task.reward)
-    train.task_of, train.ask = (lambda folder: task), stopwatch('rollouts', train.ask)
+    train.tasks_of, train.ask = (lambda parts: task), stopwatch('rollouts', train.ask)
     batches, _ = train.rl(run)
     for step in range(11):
         if step == 1:  # the first one warms up
@@ -264,6 +267,31 @@ def rl(folder):
         f'{dead:.0%} of the groups are dead; learning takes {learning / 10:.2f} s without them, '
         f'{time.perf_counter() - began:.2f} s with them'
     )
+
+
+def demonstrations(*counts):
+    """A picture of how many of 500 test questions out-sft-N and out-rl-N answer rightly, over N."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    task = task_of(DATA / 'arithmetic')
+    asked = list(itertools.islice(task.examples('test'), 500))
+    figure, axis = pyplot.subplots(figsize=(6, 3.5))
+    for stage in 'sft', 'rl':
+        right = []
+        for count in counts:
+            model, tokenizer, _ = load_model(f'out-{stage}-{count}')
+            lay_for_reading(model.eval())
+            _, rewards = ask(model, tokenizer, task, asked, range(500), 128, 1, 120, 0.0)
+            right.append(np.mean(rewards))
+            print(f'{stage} after {count} demonstrations: {right[-1]:.1%}', flush=True)
+        axis.plot(list(map(int, counts)), right, 'o-', label=stage)
+    axis.set(xlabel='worked answers to learn from', ylabel='share of right answers', ylim=(0, 1))
+    axis.set_xscale('log')
+    axis.legend()
+    figure.savefig('assets/demonstrations.png', dpi=100, bbox_inches='tight')
 
 
 def server():
@@ -338,8 +366,8 @@ def steps():
 if __name__ == '__main__':
     chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server', 'steps']
     print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
-    if chosen[0] in ('int8', 'rl'):
-        globals()[chosen[0]](chosen[1])
+    if chosen[0] in ('int8', 'rl', 'demonstrations'):
+        globals()[chosen[0]](*chosen[1:])
     else:
         for name in chosen:
             globals()[name]()

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 from test_train import TWO, gradients_of, make_run
 
 import train
-from data.files import mixture_of, task_of, write_conversations, write_tokens
+from data.files import mixture_of, task_of, tasks_of, write_conversations, write_tokens
 from data.rows import Conversations, Mixture
 from data.tokenizer import Tokenizer, Voice
 from sample import Request, ask, load_model, read_checkpoint
@@ -75,12 +75,12 @@ def settings(monkeypatch, talks):
 def mixed_rewards(monkeypatch):
     """Half of all answers are right, whatever they say."""
 
-    def task(folder):
-        made = task_of(folder)
+    def task(parts):
+        made = tasks_of(parts)
         made.reward = lambda example, answer: zlib.crc32(answer.encode()) % 2
         return made
 
-    monkeypatch.setattr(train, 'task_of', task)
+    monkeypatch.setattr(train, 'tasks_of', task)
 
 
 def run_for(talks, **changes):

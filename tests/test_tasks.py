@@ -178,7 +178,7 @@ def test_small_talk_is_in_the_vocabulary_and_alternates():
     smalltalk = script_of(DATA / 'smalltalk')
     rng = random.Random(3)
     for _ in range(300):
-        messages = smalltalk.talk(rng)
+        messages, answers = smalltalk.talk(rng)
         assert [m['role'] for m in messages] == ['user', 'assistant'] * (len(messages) // 2)
         WORLD.render(messages)
 

@@ -4,7 +4,8 @@ A couple of thousand short conversations: greetings, who are you, thanks, refusa
     python data/smalltalk/prepare.py
 
 Each turn is one of many ways to ask with one of a few ways to answer; a conversation has up to
-three turns. What the model says of itself is true of the runs in config/arithmetic_*.py.
+three turns. What the model says of itself is true of the runs in config/arithmetic_*.py. It is a
+task too, so that RL on other questions does not unlearn it: the same turns in all splits.
 """
 import random
 import sys
@@ -62,12 +63,29 @@ def talk(rng):
             question = question.lower()
         messages += [{'role': 'user', 'content': question},
                      {'role': 'assistant', 'content': rng.choice(answers)}]
-    return messages
+    return messages, answers
+
+
+def examples(split='train', seed=0):
+    """Yields conversations without end, with all the answers that would do in their last turn."""
+    rng = random.Random(f'{split} {seed}')
+    while True:
+        messages, answers = talk(rng)
+        yield {'messages': messages, 'answers': answers}
+
+
+def conversation(example):
+    return example['messages']
+
+
+def reward(example, answer):
+    """1.0 for one of the answers that were written for this question, else 0.0"""
+    return float(answer.strip() in example['answers'])
 
 
 def prepare(folder=Path(__file__).parent):
     rng = random.Random(seed)
-    made = [talk(rng) for _ in range(conversations + conversations // 10)]
+    made = [talk(rng)[0] for _ in range(conversations + conversations // 10)]
     write_conversations(folder, tokenizer(), 'conversations written for this project',
                         train=made[:conversations], val=made[conversations:])
 
