@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from data.arithmetic import prepare as arithmetic
 from data.arithmetic_text.prepare import text_of
-from data.files import DATA, script_of, task_of
+from data.files import DATA, script_of, task_of, tasks_of
 from data.rows import Conversations
 from data.tokenizer import Voice
 
@@ -178,9 +178,45 @@ def test_small_talk_is_in_the_vocabulary_and_alternates():
     smalltalk = script_of(DATA / 'smalltalk')
     rng = random.Random(3)
     for _ in range(300):
-        messages, answers = smalltalk.talk(rng)
+        messages, _ = smalltalk.talk(rng)
         assert [m['role'] for m in messages] == ['user', 'assistant'] * (len(messages) // 2)
         WORLD.render(messages)
+
+
+def test_small_talk_is_rewarded_for_an_answer_to_this_very_question():
+    smalltalk = task_of(DATA / 'smalltalk')
+    asked = list(itertools.islice(smalltalk.examples(), 200))
+    assert asked == list(itertools.islice(smalltalk.examples(), 200))
+    for one, other in itertools.pairwise(asked):
+        said = smalltalk.conversation(one)[-1]['content']
+        assert smalltalk.reward(one, said) == 1 == smalltalk.reward(one, f' {said}')
+        assert smalltalk.reward(one, said[:-1]) == 0
+        assert smalltalk.reward(other, said) == (said in other['answers'])
+
+
+def test_a_mixture_of_tasks_asks_by_the_shares_and_rewards_each_in_its_own_way(tmp_path):
+    names = {'many': 9, 'few': 1, 'never': 0}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'prepare.py').write_text(
+            'from itertools import count\n'
+            f'def examples(split, seed): return (f"{name} {{split}} {{seed}} {{i}}" for i in count())'
+            f'\ndef conversation(example): return [example]\n'
+            f'def reward(example, answer): return answer == "{name}"\n'
+        )
+    mixed = tasks_of({tmp_path / name: share for name, share in names.items() if share})
+    drawn = list(itertools.islice(mixed.examples('val', 3), 1000))
+    assert drawn == list(itertools.islice(mixed.examples('val', 3), 1000))
+    for name in 'many', 'few':
+        mine = [example for example in drawn if mixed.reward(example, name)]
+        said = [mixed.conversation(example) for example in mine]
+        assert said == [[f'{name} val 3 {i}'] for i in range(len(mine))]  # none is left out
+        assert abs(len(mine) - 100 * names[name]) < 50
+
+
+def test_a_mixture_with_a_task_that_has_no_more_questions_ends(gsm8k, tmp_path):
+    mixed = tasks_of({gsm8k.HERE: 1.0, DATA / 'arithmetic': 1.0})
+    assert list(mixed.examples('val', 1)) == list(mixed.examples('val', 1))
 
 
 @pytest.mark.parametrize('name', ['arithmetic', 'smalltalk'])
