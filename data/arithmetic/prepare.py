@@ -190,7 +190,7 @@ def example(rng, digits, events, most):
     return dict(kind=kind, question=question, parts=parts, answer=answer)
 
 
-LONGEST = 480   # characters of a question and its answer: a row of 256 tokens holds them
+LONGEST = 400   # characters of a question and its answer: a row of 256 tokens holds them
 VARIANTS = {    # for the test alone
     'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 4}}
 
