@@ -284,8 +284,17 @@ def accuracy(run, task):
         question = task.conversation(mine[0])[-2]['content']
         answer = Voice(run.tokenizer).hear(requests[0].ids, last=True)
         run.say(f'  > {question}\n  | {answer}'.replace('\n', '\n  | '))
-    right = all_sum(torch.tensor([float(sum(rewards))]), run)[0] / len(asked)
-    return {'accuracy': right}, -right
+    folders = [folder for folder, _ in asked]
+    parts = list(dict.fromkeys(folders))
+    right = torch.zeros(len(parts))
+    for (folder, _), reward in zip(mine, rewards, strict=True):
+        right[parts.index(folder)] += reward
+    right = all_sum(right, run)
+    metrics = {'accuracy': sum(right) / len(asked)}
+    if len(parts) > 1:
+        metrics |= {f'accuracy_{Path(folder).name}': count / folders.count(folder)
+                    for folder, count in zip(parts, right, strict=True)}
+    return metrics, -metrics['accuracy']
 
 
 def dpo(run):

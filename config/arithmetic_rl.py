@@ -3,7 +3,7 @@
 stage = 'rl'
 init_from = 'out-arithmetic-sft'
 out_dir = 'out-arithmetic-rl'
-dataset = 'arithmetic:0.9,smalltalk:0.1'   # without the second it unlearns to talk
+dataset = 'arithmetic:0.9,smalltalk:0.1'   # without the second it forgets how to talk
 block_size = 256
 batch_size = 32         # answers in a microbatch
 gradient_accumulation_steps = 1

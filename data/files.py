@@ -237,18 +237,21 @@ def task_of(folder):
 
 
 def tasks_of(parts):
-    """-> a task that is a mixture of those in {folder: share}, each question drawn by the shares"""
-    tasks = {folder.name: task_of(folder) for folder in parts}
+    """
+    -> a task that is a mixture of those in {folder: share}: each question is of one of them, drawn
+    by the shares, until one that is drawn has no more. An example is (folder, that task's example).
+    """
+    tasks = {str(folder): task_of(folder) for folder in parts}
 
     def examples(split, seed=0):
-        rng = random.Random(f'{split} {seed}')
-        sources = {name: task.examples(split, seed) for name, task in tasks.items()}
+        rng = random.Random(f'mixture {split} {seed}')
+        sources = {folder: task.examples(split, seed) for folder, task in tasks.items()}
         while True:
-            name = rng.choices(list(tasks), list(parts.values()))[0]
-            example = next(sources[name], None)
+            folder = rng.choices(list(tasks), list(parts.values()))[0]
+            example = next(sources[folder], None)
             if example is None:
                 return
-            yield name, example
+            yield folder, example
 
     return SimpleNamespace(
         examples=examples, conversation=lambda drawn: tasks[drawn[0]].conversation(drawn[1]),

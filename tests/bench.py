@@ -270,7 +270,10 @@ def rl(folder):
 
 
 def demonstrations(*counts):
-    """A picture of how many of 500 test questions out-sft-N and out-rl-N answer rightly, over N."""
+    """
+    A picture of how many of 500 test questions out-sft-N and out-rl-N answer rightly, over N, the
+    worked answers that SFT had; the README's "A chatbot that reasons" says how they are made.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
@@ -291,7 +294,7 @@ def demonstrations(*counts):
     axis.set(xlabel='worked answers to learn from', ylabel='share of right answers', ylim=(0, 1))
     axis.set_xscale('log')
     axis.legend()
-    figure.savefig('assets/demonstrations.png', dpi=100, bbox_inches='tight')
+    figure.savefig(DATA.parent / 'assets/demonstrations.png', dpi=100, bbox_inches='tight')
 
 
 def server():

@@ -244,6 +244,33 @@ def test_the_rl_gradient_is_reinforce_by_hand(
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize('stage', [train.rl, train.distill])
+def test_what_is_asked_may_be_a_mixture_of_tasks(talks, settings, monkeypatch, tmp_path, stage):
+    """Both are asked, rewarded in their own ways and reported; the whole is weighed by questions.
+    Two processes share the questions, and find the same."""
+    easy = tmp_path / 'easy'
+    shutil.copytree(talks, easy)
+    with open(easy / 'prepare.py', 'a') as file:
+        file.write('def reward(example, answer):\n    return 1.0\n')
+    settings(eval_examples=30, num_prompts=8, teacher='x')
+    run = run_for(talks, data={talks: 0.3, easy: 0.7})
+    batches, evaluate = stage(run)
+    list(batches(0))
+    assert 0 < np.mean(run.notes['reward']) < 1
+    metrics, score = evaluate()
+    asked = [folder for folder, _ in itertools.islice(tasks_of(run.data).examples('val'), 30)]
+    shares = {name: asked.count(str(folder)) for name, folder in (('talks', talks), ('easy', easy))}
+    assert shares['easy'] > shares['talks'] > 0 and metrics['accuracy_easy'] == 1
+    parts = sum(count * metrics[f'accuracy_{name}'] for name, count in shares.items())
+    assert -score == metrics['accuracy'] == pytest.approx(parts / 30)
+    found = []
+    monkeypatch.setattr(train, 'all_sum', lambda values, run: found.append(values) or [0.0, 0.0])
+    for run.rank in 0, 1:
+        run.world = 2
+        evaluate()
+    torch.testing.assert_close(sum(found).sum() / 30, torch.tensor(metrics['accuracy']))
+
+
 def test_the_policy_that_is_scored_is_the_one_that_sampled(talks, settings, monkeypatch):
     """The importance ratio of an on-policy step is 1, forced tokens of a tool aside."""
     run = run_for(talks)

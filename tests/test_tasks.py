@@ -83,6 +83,8 @@ def test_half_of_the_easy_steps_of_a_worked_answer_are_done_in_the_head_and_righ
             so_far = [result] if in_head else numbers if part['type'] == 'result' else so_far
             if part is example['parts'][0] and not in_head:
                 so_far = numbers
+        if example['kind'] in ('problem', 'sum'):
+            assert so_far == [example['answer']]
     assert 0.45 < heads / (heads + calls) < 0.55
     assert not arithmetic.is_easy('"aa".count("a")') and not arithmetic.is_easy('60+40')
 
@@ -195,28 +197,31 @@ def test_small_talk_is_rewarded_for_an_answer_to_this_very_question():
 
 
 def test_a_mixture_of_tasks_asks_by_the_shares_and_rewards_each_in_its_own_way(tmp_path):
-    names = {'many': 9, 'few': 1, 'never': 0}
-    for name in names:
+    for name in 'one', 'other':
         (tmp_path / name).mkdir()
         (tmp_path / name / 'prepare.py').write_text(
             'from itertools import count\n'
-            f'def examples(split, seed): return (f"{name} {{split}} {{seed}} {{i}}" for i in count())'
-            f'\ndef conversation(example): return [example]\n'
+            'def examples(split, seed):\n'
+            f'    return (f"{name} {{split}} {{seed}} {{i}}" for i in count())\n'
+            'def conversation(example): return [example]\n'
             f'def reward(example, answer): return answer == "{name}"\n'
         )
-    mixed = tasks_of({tmp_path / name: share for name, share in names.items() if share})
-    drawn = list(itertools.islice(mixed.examples('val', 3), 1000))
-    assert drawn == list(itertools.islice(mixed.examples('val', 3), 1000))
-    for name in 'many', 'few':
-        mine = [example for example in drawn if mixed.reward(example, name)]
-        said = [mixed.conversation(example) for example in mine]
-        assert said == [[f'{name} val 3 {i}'] for i in range(len(mine))]  # none is left out
-        assert abs(len(mine) - 100 * names[name]) < 50
+    for shares in {'one': 9, 'other': 1}, {'one': 0.2, 'other': 0.8}:
+        mixed = tasks_of({tmp_path / name: share for name, share in shares.items()})
+        drawn = list(itertools.islice(mixed.examples('val', 3), 1000))
+        assert drawn == list(itertools.islice(mixed.examples('val', 3), 1000))
+        for name, share in shares.items():
+            mine = [example for example in drawn if mixed.reward(example, name)]
+            said = [mixed.conversation(example) for example in mine]
+            assert said == [[f'{name} val 3 {i}'] for i in range(len(mine))]  # none is left out
+            assert abs(len(mine) - 1000 * share / sum(shares.values())) < 50
 
 
-def test_a_mixture_with_a_task_that_has_no_more_questions_ends(gsm8k, tmp_path):
+def test_a_mixture_with_a_task_that_has_no_more_questions_ends(gsm8k):
+    few = [question['question'] for question in gsm8k.examples('val')]
     mixed = tasks_of({gsm8k.HERE: 1.0, DATA / 'arithmetic': 1.0})
-    assert list(mixed.examples('val', 1)) == list(mixed.examples('val', 1))
+    asked = [example['question'] for _, example in mixed.examples('val', 1)]
+    assert few and set(few) < set(asked)
 
 
 @pytest.mark.parametrize('name', ['arithmetic', 'smalltalk'])

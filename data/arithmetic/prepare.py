@@ -53,8 +53,8 @@ EVENTS = {
     '*': ['Soon there are {x} times as many.', '{n} soon has {x} times as many{w}.'],
     '': ['{n} {keep} {x} {i}{w}.', 'Then {n} {keep} {x} {i}.', 'Soon {n} {keep} {x} {i}{w}.',
          '{m} is {x} years old.', 'It is day {x} of the year.', 'In the street are {x} people{w}.']}
-# What it does to the number is all that there is to learn of a verb: more, less, or nothing. There
-# are 120 of each: 2,000 worked answers show a verb three or four times.
+# What it does to the number is all that there is to learn of a verb. The file has 120 for more, for
+# less, for neither; 2,000 worked answers show one two to four times on average, a few never.
 GAINS, LOSSES, KEEPS = (part.split() for part in (HERE / 'verbs.txt').read_text().split('\n\n'))
 WHEN = ['', '', ' today', ' at school', ' on Sunday', ' after lunch', ' in the rain', ' at night']
 ENDINGS = {
@@ -62,7 +62,7 @@ ENDINGS = {
          'And now, how many {i} does {n} own?'],
     '+': ['{m} has {x} more than {n}. How many {i} does {m} have?',
           '{m} has {x} {i}. How many {i} do they have together?'],
-    '-': ['{m} has {x} less than {n}. How many {i} does {m} have?'],
+    '-': ['{m} has {x} fewer than {n}. How many {i} does {m} have?'],
     '*': ['Each of them costs {x} cents. How many cents are all of them worth?',
           '{m} has {x} times as many. How many {i} does {m} have?']}
 NEW = {     # events as no stage tells them
@@ -94,7 +94,7 @@ def factor(rng):
 
 
 def wording(rng, choices, sign=None):
-    """-> what it does to the number, text with places for names, things and numbers"""
+    """-> what it does to the number, text with places for names, verbs, things, times, numbers"""
     sign = rng.choice(list(choices)) if sign is None else sign
     return sign, rng.choice(choices[sign])
 
@@ -123,10 +123,11 @@ def word_problem(rng, digits, events, most):
     parts = [events] * rng.randint(1, most) + [ENDINGS]
     for part in parts:
         sign, text = wording(rng, part)
-        if sign == '-' and so_far < 3 or sign == '*' and so_far > 10000:
+        if so_far < 3 or sign == '*' and so_far > 10000:
             sign, text = wording(rng, part, '+')
         x = factor(rng) if sign == '*' else number(rng, digits)
-        x = rng.randrange(1, min(x, so_far - 1) + 1) if sign == '-' else x
+        if sign == '-' or '{keep}' in text:     # some of what there is
+            x = rng.randrange(2, min(x, so_far - 1) + 1)
         said.append(told(rng, text, n=n, m=m, i=i, x=x))
         steps.append((quoted(said[-1]), f'{so_far}{sign}{x}' if sign else ''))
         so_far = int(calculate(steps[-1][1])) if sign else so_far
@@ -162,7 +163,7 @@ def spelling_of(rng):
 
 
 def is_easy(call):
-    """Whether a person would do it in the head: numbers, and a result below 100."""
+    """Whether a person might do it in the head: the result is below 100."""
     return call[0].isdigit() and len(calculate(call)) < 3
 
 

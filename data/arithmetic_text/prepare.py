@@ -30,7 +30,7 @@ characters = 4_000_000  # of text to train on
 
 
 def story(rng):
-    """Something happens to the things of n; then it is noted."""
+    """Something happens to the things of n, which nobody counts; then it is noted."""
     (n, m), i = rng.sample(NAMES, 2), rng.choice(ITEMS)
     said = []
     for part in [OPENINGS] + [EVENTS] * rng.randint(0, 2):
