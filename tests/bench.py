@@ -270,9 +270,13 @@ def rl(folder):
 
 
 def demonstrations(*counts):
-    """
+    r"""
     A picture of how many of 500 test questions out-sft-N and out-rl-N answer rightly, over N, the
-    worked answers that SFT had; the README's "A chatbot that reasons" says how they are made.
+    worked answers that SFT had. For each N:
+    python data/arithmetic/prepare.py --demonstrations=N --out_dir=data/arithmetic_N
+    python train.py config/arithmetic_sft.py --dataset=arithmetic_N:0.85,smalltalk:0.15 \
+        --out_dir=out-sft-N
+    python train.py config/arithmetic_rl.py --init_from=out-sft-N --out_dir=out-rl-N
     """
     import matplotlib
 
