@@ -91,6 +91,15 @@ def test_half_of_the_easy_steps_of_a_worked_answer_are_done_in_the_head_and_righ
     assert not arithmetic.is_easy('"aa".count("a")') and not arithmetic.is_easy('60+40')
 
 
+@pytest.mark.parametrize('share', [0, 1])
+def test_in_head_is_the_share_of_easy_steps_without_a_call(monkeypatch, share):
+    monkeypatch.setattr(arithmetic, 'in_head', share)
+    parts = [part for example in take(200) for part in example['parts']]
+    heads = sum(' so ' in part['text'] for part in parts)
+    calls = sum(part['type'] == 'call' and arithmetic.is_easy(part['text']) for part in parts)
+    assert bool(heads) == bool(share) and bool(calls) != bool(share)
+
+
 def test_a_quote_says_who_and_each_number_with_the_word_before_it():
     assert arithmetic.quoted('At first Anna has 7 pens.') == 'Anna has 7'
     assert arithmetic.quoted('On Monday Ben makes 3 eggs, on Tuesday 4.') == 'Ben makes 3 Tuesday 4'
