@@ -11,7 +11,6 @@ can be of any length).
 import collections
 import contextlib
 import itertools
-import json
 import math
 import os
 import pickle
@@ -27,10 +26,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from assets.picture import picture
 from configurator import configure
 from data.files import DATA, read_meta, task_of, write_texts
 from data.tokenizer import Tokenizer, Voice
-from data.tools import calculator, calls_in
+from data.tools import calculator
 from model import GPT, GPT2, GPT2_SIZES, GPTConfig, KVCache
 
 init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
@@ -439,49 +439,9 @@ def grade(runs, where, kind):
         cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())
         print(folder.ljust(width), *cells, sep='  ', flush=True)
     target = folder_of(runs[-1]) / 'stages.png'
-    picture(runs, target, f'the stages on data/{task}', [row['all'] for row in table.values()])
+    picture([folder_of(run) for run in runs], target, f'the stages on data/{task}',
+            [row['all'] for row in table.values()])
     print(f'drawn: {target}')
-
-
-def picture(runs, target, title, accuracies=()):
-    """
-    Draw the logs of runs that followed each other, over minutes of training: losses and, where
-    there are answers, rewards and accuracy. accuracies: a star for each run, at its end.
-    """
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    paths = [folder_of(run) / 'log.jsonl' for run in runs]
-    logs = [[json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-            if path.exists() else [] for path in paths]
-    panels = [('loss', 'val_loss'), ('reward', 'accuracy')]
-    if not (accuracies or any('accuracy' in line for log in logs for line in log)):
-        panels.pop()
-    figure, axes = pyplot.subplots(len(panels), figsize=(7, 3.5 * len(panels)), sharex=True,
-                                   squeeze=False)
-    axes, minutes = axes[:, 0], [log[-1]['seconds'] / 60 if log else 0.0 for log in logs]
-    ends = np.cumsum(minutes)
-    for axis, keys in zip(axes, panels, strict=True):
-        for colour, key in enumerate(keys):
-            axis.plot([], 'o-' if colour else '-', color=f'C{colour}', markersize=3, label=key)
-            for log, began in zip(logs, ends - minutes, strict=True):
-                points = [(began + line['seconds'] / 60, line[key]) for line in log if key in line]
-                # What is logged as the loss of answers that were weighed is none to be compared.
-                weighed = any({'reward', 'reward_gap'} & line.keys() for line in log)
-                if points and not (key == 'loss' and weighed):
-                    axis.plot(*zip(*points, strict=True), 'o-' if colour else '-',
-                              color=f'C{colour}', markersize=3)
-        axis.legend()
-    for run, end, accuracy in zip(runs, ends, accuracies):
-        axes[1].plot(end, accuracy, 'k*', markersize=10)
-        axes[1].annotate(f'{folder_of(run).name}: {accuracy:.1%}', (end, accuracy), rotation=30)
-    axes[0].set(title=title, ylabel='loss (nats per token)',
-                yscale='log' if len(runs) > 1 else 'linear')
-    axes[-1].set(xlabel='minutes of training')
-    if len(axes) > 1:
-        axes[1].set(ylabel='share of right answers', ylim=(0, 1.1))
-    figure.savefig(target, dpi=100, bbox_inches='tight')
-    pyplot.close(figure)
 
 
 def write_answers(model, tokenizer, source):
@@ -601,64 +561,6 @@ def final_answer(text):
     """What follows the last ####, as in GSM8K; without one, the last line that is not empty."""
     lines = text.split('####')[-1].strip().splitlines() or ['']
     return lines[0 if '####' in text else -1].strip()
-
-
-def served(model, tokenizer, checkpoint, name):
-    """-> what assets/serve.py needs to know of a model"""
-    taught, window = is_taught(checkpoint), model.config.block_size
-    ends = [i for i in (tokenizer.end, tokenizer.special.get('<|end|>')) if i is not None]
-
-    def encode(prompt):
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if ids and max(ids) >= model.config.vocab_size:
-            raise ValueError(f'this model has no token {max(ids)}')
-        return ids or [tokenizer.end or 0]
-
-    def conversation(messages):
-        """Half of the window is for the answer; what does not fit in the other is left out."""
-        for message in messages:    # what people saw of a call may have signs that it never saw
-            if message['role'] == 'assistant':
-                message['content'] = tokenizer.known(message['content'])
-        if not taught:
-            return encode('\n'.join(message['content'] for message in messages))[-window // 2:]
-        system = messages[0]['role'] == 'system'
-        turns = [tokenizer.render([{**message, 'content': calls_in(message['content'])}
-                                   if message['role'] == 'assistant' else message])[0][1:]
-                 for message in messages]
-        return fit(tokenizer, turns if system else [[], *turns], window - window // 2)[0]
-
-    def request(prompt, most, fields, seed, chat):
-        tool = calculator(tokenizer) if chat and taught else None
-        return Request(prompt, most, fields['temperature'], fields['top_k'], fields['top_p'], seed,
-                       tuple(ends), tool)
-
-    @torch.inference_mode()
-    def logprobs(prompt, written, echo, top, chat):
-        """Of each token under the model itself (temperature 1), in OpenAI's two shapes."""
-        ids, scores = prompt + written, []
-        seen = torch.tensor([ids[-window - 1:-1]], device=model.transformer.wte.weight.device)
-        if seen.numel():
-            scores = model(seen)[0][0].float().log_softmax(1).cpu()
-        rows = [None] * (len(ids) - len(scores)) + list(scores)     # the first token has no score
-        first = 0 if echo else len(prompt)
-        tokens = [tokenizer.decode([i]) for i in ids[first:]]
-        values = [row if row is None else row[i].item() for i, row in zip(ids, rows)][first:]
-        top = min(top, model.config.vocab_size)
-        best = [{} if row is None else {tokenizer.decode([i]): row[i].item() for i
-                                        in row.topk(top)[1].tolist()} for row in rows[first:]]
-        if not chat:
-            offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
-            return {'tokens': tokens, 'token_logprobs': values, 'text_offset': offsets,
-                    'top_logprobs': best}
-        return {'content': [
-            {'token': token, 'logprob': value, 'bytes': list(token.encode()), 'top_logprobs': [
-                {'token': other, 'logprob': p, 'bytes': list(other.encode())}
-                for other, p in likely.items()]}
-            for token, value, likely in zip(tokens, values, best)]}
-
-    return SimpleNamespace(
-        name=name, taught=taught, window=window, tokenizer=tokenizer, encode=encode,
-        conversation=conversation, request=request, logprobs=logprobs)
 
 
 class Int8Linear(torch.nn.Module):
@@ -790,10 +692,11 @@ def main():
             sys.exit(str(error))
     network = ready(model, where, kind)
     if serve:
+        from assets.serve import Served
         from assets.serve import serve as serve_web
         name = Path(out_dir).name if init_from == 'resume' else init_from
         try:
-            serve_web(served(network, tokenizer, checkpoint, name),
+            serve_web(Served(network, tokenizer, checkpoint, name),
                       lambda source: decode(network, source, rows), host, port, queue_limit)
         except OSError as error:
             sys.exit(f'--host={host} --port={port}: {error.strerror or error}; try --port=0')
@@ -819,7 +722,8 @@ def main():
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
     try:
-        main()
+        import sample  # itself as a module: there is one Request, whoever imports it
+        sample.main()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:     # who read along has gone, as in `| head`

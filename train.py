@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from assets.picture import picture
 from configurator import configure, read_settings
 from data.files import cut_log, find, fresh_folder, mixture_of, read_meta, tasks_of, write
 from data.rows import Conversations, Mixture, side_by_side
@@ -44,7 +45,6 @@ from sample import (
     load_model,
     out_of_memory,
     peak_flops,
-    picture,
 )
 
 # what to do, from what, to where

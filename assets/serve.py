@@ -6,6 +6,7 @@ cheap beside a model. All of them leave their requests at one Desk, which feeds 
 """
 import collections
 import contextlib
+import itertools
 import json
 import queue
 import sys
@@ -15,7 +16,11 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import torch
+
 from data.tokenizer import Voice
+from data.tools import calculator, calls_in
+from sample import Request, fit, is_taught
 
 PAGE = Path(__file__).with_name('chat.html')
 MOST_BYTES = 2 ** 20        # of a request's body
@@ -148,6 +153,74 @@ class Reply:
 def event(body):
     """-> the bytes of a server-sent event"""
     return b'data: ' + json.dumps(body).encode() + b'\n\n'
+
+
+class Served:
+    """A model as a server sees it: texts and conversations become prompts and Requests."""
+
+    def __init__(self, model, tokenizer, checkpoint, name):
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.taught, self.window = is_taught(checkpoint), model.config.block_size
+        self.ends = tuple(i for i in (tokenizer.end, tokenizer.special.get('<|end|>'))
+                          if i is not None)
+
+    def encode(self, prompt):
+        """A text or a list of ids -> ids, at least one. ValueError for what it never saw."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if ids and max(ids) >= self.model.config.vocab_size:
+            raise ValueError(f'this model has no token {max(ids)}')
+        return ids or [self.tokenizer.end or 0]
+
+    def conversation(self, messages):
+        """-> ids. Half of the window is for the answer; what does not fit the other is left out."""
+        for message in messages:    # what people saw of a call may have signs that it never saw
+            if message['role'] == 'assistant':
+                message['content'] = self.tokenizer.known(message['content'])
+        if not self.taught:
+            text = '\n'.join(message['content'] for message in messages)
+            return self.encode(text)[-self.window // 2:]
+        system = messages[0]['role'] == 'system'
+        turns = [self.tokenizer.render([{**message, 'content': calls_in(message['content'])}
+                                        if message['role'] == 'assistant' else message])[0][1:]
+                 for message in messages]
+        room = self.window - self.window // 2
+        return fit(self.tokenizer, turns if system else [[], *turns], room)[0]
+
+    def request(self, prompt, most, fields, seed, chat):
+        tool = calculator(self.tokenizer) if chat and self.taught else None
+        return Request(prompt, most, fields['temperature'], fields['top_k'], fields['top_p'], seed,
+                       self.ends, tool)
+
+    @torch.inference_mode()
+    def scores(self, ids):
+        """-> for each id the log-probabilities of all tokens in its place; None where unknown"""
+        device = self.model.transformer.wte.weight.device
+        seen, rows = torch.tensor([ids[-self.window - 1:-1]], device=device), []
+        if seen.numel():
+            rows = list(self.model(seen)[0][0].float().log_softmax(1).cpu())
+        return [None] * (len(ids) - len(rows)) + rows       # the first token has no score
+
+    def logprobs(self, prompt, written, echo, top, chat):
+        """Of each token under the model itself (temperature 1), in OpenAI's two shapes."""
+        ids, first = prompt + written, 0 if echo else len(prompt)
+        word, top = self.tokenizer.decode, min(top, self.model.config.vocab_size)
+        tokens, values, best = [], [], []
+        for i, row in list(zip(ids, self.scores(ids), strict=True))[first:]:
+            likeliest = [] if row is None else row.topk(top)[1].tolist()
+            tokens.append(word([i]))
+            values.append(None if row is None else row[i].item())
+            best.append({word([j]): row[j].item() for j in likeliest})
+        if not chat:
+            offsets = list(itertools.accumulate(map(len, tokens), initial=0))[:-1]
+            return {'tokens': tokens, 'token_logprobs': values, 'text_offset': offsets,
+                    'top_logprobs': best}
+
+        def shaped(token, value):
+            return {'token': token, 'logprob': value, 'bytes': list(token.encode())}
+
+        return {'content': [
+            {**shaped(token, value), 'top_logprobs': [shaped(*pair) for pair in others.items()]}
+            for token, value, others in zip(tokens, values, best, strict=True)]}
 
 
 class Desk:
@@ -414,8 +487,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     """
-    Serves as soon as it is made; leave it as a context to stop. model: name, taught, window,
-    tokenizer, encode(text), conversation(messages) -> ids, request(...), logprobs(...). decode: an
+    Serves as soon as it is made; leave it as a context to stop. model: a Served. decode: an
     iterator of Requests -> those at work, in a thread of its own.
     """
     daemon_threads = True

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets.serve import Server  # noqa: E402
+from assets.serve import Served, Server  # noqa: E402
 from configurator import configure, read_settings  # noqa: E402
 from data.files import DATA, Tokens, task_of  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
@@ -41,7 +41,6 @@ from sample import (  # noqa: E402
     load_model,
     quantized,
     read_bandwidth,
-    served,
     weight_bytes,
 )
 
@@ -306,7 +305,7 @@ def server():
     model, rows = build(GPT2_124M), 16
     tokenizer = Tokenizer.of_text(''.join(map(chr, range(32, 126))))
     prompts = [[i + 1] * 16 for i in range(rows)]
-    known = served(model, tokenizer, {'lineage': []}, 'bench')
+    known = Served(model, tokenizer, {'lineage': []}, 'bench')
     with Server(known, lambda source: decode(model, source, rows), '127.0.0.1', 0, 64) as web:
 
         def ask(prompt):

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import TEXT, tiny
 
-from assets.serve import Server
+from assets.serve import Served, Server
 from data.tokenizer import Tokenizer
-from sample import served
 
 sync_api = pytest.importorskip('playwright.sync_api')
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -47,7 +46,7 @@ def server():
                 yield request
 
     model = tiny(vocab_size=LETTERS.vocab_size, block_size=4096)
-    known = served(model, LETTERS, {'lineage': [{'stage': 'sft'}]}, 'out-talk')
+    known = Served(model, LETTERS, {'lineage': [{'stage': 'sft'}]}, 'out-talk')
     with Server(known, work, '127.0.0.1', 0, 64) as server:
         yield SimpleNamespace(url=f'http://127.0.0.1:{server.server_port}/')
 

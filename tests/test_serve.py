@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, TEXT, tiny
 
 import sample
-from assets.serve import Handler, Refusal, Server, read
+from assets.serve import Handler, Refusal, Served, Server, read
 from data.tokenizer import Tokenizer, Voice
-from sample import Request, decode, generate, served
+from sample import Request, decode, generate
 
 LETTERS = Tokenizer.of_text(TEXT + 'abcdefghijklmnopqrstuvwxyz0123456789+-*/=?')
 ENDS = LETTERS.end, LETTERS.special['<|end|>']
@@ -37,7 +37,7 @@ def start(model, checkpoint=TAUGHT, limit=64, rows=4, slow=0.0, endless=False):
             time.sleep(slow)
             yield request
 
-    known = served(model, LETTERS, checkpoint, 'tiny')
+    known = Served(model, LETTERS, checkpoint, 'tiny')
     if endless:  # no token ends an answer
         make = known.request
         known.request = lambda *how: dataclasses.replace(make(*how), end=())
@@ -301,7 +301,7 @@ def test_a_loop_that_always_fails_says_so_and_does_not_spin(model, capsys):
         raise MemoryError('no room')
         yield
 
-    with Server(served(model, LETTERS, TAUGHT, 'x'), broken, '127.0.0.1', 0, 9) as server:
+    with Server(Served(model, LETTERS, TAUGHT, 'x'), broken, '127.0.0.1', 0, 9) as server:
         assert post(server, body={'prompt': 'to'})[0] == 500
     assert capsys.readouterr().err.count('decoding failed') < 50
 

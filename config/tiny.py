@@ -1,0 +1,18 @@
+# A toy in the place of the model of config/train_gpt2.py: the stages for GPUs, run on a laptop.
+#   python train.py config/train_gpt2.py config/tiny.py
+#   python train.py config/train_gpt2.py config/smoltalk_sft.py config/tiny.py      # and so on
+block_size = 256
+batch_size = 8
+gradient_accumulation_steps = 1
+n_layer = 2
+n_head = 2
+n_embd = 128            # 50,257 tokens to choose from are nearly all of its work
+max_iters = 100
+eval_interval = 50
+eval_iters = 20
+eval_examples = 100
+num_prompts = 8
+num_samples = 8
+max_new_tokens = 120
+rollout_rows = 64
+warmup_iters = 5
