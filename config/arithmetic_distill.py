@@ -1,19 +1,19 @@
-# A student of a quarter of the size learns from the whole distributions of its teacher:
+# A student of a quarter of the size learns the whole distributions of its teacher over the answers
+# that the teacher wrote:
+#   python train.py config/arithmetic_base.py --n_head=1 --n_embd=64 --ngram_rows=4096 \
+#       --out_dir=out-arithmetic-small
+#   python sample.py --out_dir=out-arithmetic-rl --task=arithmetic --write=data/arithmetic_answers \
+#       --num_samples=1 --num_examples=8000 --rows=128 --max_new_tokens=120
 #   python train.py config/arithmetic_distill.py
-#   python train.py config/arithmetic_distill.py --stage=sft --out_dir=out-alone     # no teacher
 stage = 'distill'
 on_policy = False
 teacher = 'out-arithmetic-rl'
+init_from = 'out-arithmetic-small'      # as the base, 64 wide
 out_dir = 'out-arithmetic-distill'
-dataset = 'arithmetic_text:0.3,arithmetic:0.7'      # the teacher's first and second data set
-n_layer = 4
-n_head = 1
-n_embd = 64
+dataset = 'arithmetic_answers:0.9,smalltalk:0.1'
 block_size = 256
 batch_size = 8
 gradient_accumulation_steps = 1
-ngrams = 2
-ngram_rows = 4096
 learning_rate = 3e-3
 muon_lr = 0.02
 min_lr = 0.0

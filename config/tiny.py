@@ -2,13 +2,13 @@
 #   python train.py config/train_gpt2.py config/tiny.py
 #   python train.py config/train_gpt2.py config/smoltalk_sft.py config/tiny.py      # and so on
 block_size = 256
-batch_size = 8
+batch_size = 4
 gradient_accumulation_steps = 1
 n_layer = 2
-n_head = 2
-n_embd = 128            # 50,257 tokens to choose from are nearly all of its work
-max_iters = 100
-eval_interval = 50
+n_head = 1
+n_embd = 64             # 50,257 tokens to choose from are nearly all of its work
+max_iters = 300
+eval_interval = 100
 eval_iters = 20
 eval_examples = 100
 num_prompts = 8

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 
 import train
+from assets.picture import picture, points, read_log
 from data import files
 from data.files import read_meta
 from data.tokenizer import Tokenizer
@@ -234,6 +235,29 @@ def same(a, b):
 
 
 LONG = ['--dropout=0.1', '--max_iters=40', '--eval_interval=5', '--log_interval=1']
+
+
+def test_a_picture_has_the_runs_one_after_the_other_and_no_loss_of_weighed_answers(tmp_path):
+    logs = {
+        'sft': [
+            {'step': 1, 'seconds': 60.0, 'loss': 2.0},
+            {'step': 2, 'seconds': 120.0, 'val_loss': 1.5},
+        ],
+        'rl': [{'step': 1, 'seconds': 30.0, 'loss': 0.0, 'reward': 0.5}],
+    }
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        text = '\n'.join(map(json.dumps, lines))
+        (tmp_path / name / 'log.jsonl').write_text(text)
+    assert points(read_log(tmp_path / 'sft'), 'loss', 0.0) == ([1.0], [2.0])
+    assert points(read_log(tmp_path / 'rl'), 'loss', 2.0) == ([], [])
+    assert points(read_log(tmp_path / 'rl'), 'reward', 2.0) == ([2.5], [0.5])
+    assert read_log(tmp_path / 'none') == []
+    target = tmp_path / 'stages.png'
+    picture([tmp_path / 'sft', tmp_path / 'rl'], target, 'both', [0.25, 0.75])
+    both = target.read_bytes()
+    picture([tmp_path / 'sft'], target, 'one')
+    assert both[:4] == target.read_bytes()[:4] == b'\x89PNG' and both != target.read_bytes()
 
 
 @pytest.mark.parametrize('muon', [0.02, 0.0])
