@@ -287,6 +287,29 @@ def test_a_talk_that_fills_the_window_goes_on(server):
         messages.append({'role': 'assistant', 'content': reply['choices'][0]['message']['content']})
 
 
+def test_a_conversation_leaves_half_of_the_window_for_its_answer(model):
+    known = Served(model, LETTERS, TAUGHT, 'x')
+    roles = ['user', 'assistant'] * 4 + ['user']
+    said = [{'role': role, 'content': f'to be {i}'} for i, role in enumerate(roles)]
+    for turns in range(1, 10, 2):
+        ids = known.conversation(said[:turns])
+        assert len(ids) <= known.window // 2 and ids[-1] == LETTERS.special['<|assistant|>']
+        assert f'to be {turns - 1}' in LETTERS.decode(ids)
+    assert 'to be 0' not in LETTERS.decode(ids)
+
+
+def test_a_taught_model_has_its_calculator_in_a_chat_and_nowhere_else(model):
+    fields = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
+    call, result = (LETTERS.special[name] for name in ('<|call|>', '<|result|>'))
+    known = Served(model, LETTERS, TAUGHT, 'x')
+    tool = known.request([0], 9, fields, 0, chat=True).tool
+    forced = tool([call, *LETTERS.encode('6*7'), result])
+    assert LETTERS.decode(forced).startswith('42')
+    untaught = Served(model, LETTERS, {'lineage': []}, 'x')
+    assert known.request([0], 9, fields, 0, chat=False).tool is None
+    assert untaught.request([0], 9, fields, 0, chat=True).tool is None
+
+
 def test_requests_of_a_client_that_left_do_not_fill_the_queue(model):
     with start(model, limit=3, rows=1, slow=0.05, endless=True) as server:
         body = json.dumps({'prompt': 'to', 'max_tokens': 400, 'n': 3}).encode()
