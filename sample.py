@@ -47,13 +47,13 @@ votes = 1               # write so many answers and show one that most of them a
 task = ''               # grade this run and those before it on the test questions of data/<task>
 num_examples = 500      # how many questions
 tools = True            # with the calculator at hand
-write = ''              # ask training questions instead, keep right answers in this folder
-pairs = False           # keep pairs of a right and a wrong answer, for stage dpo
+write = ''              # or ask it training questions and keep right answers in this folder
+pairs = False           # or pairs of a right and a wrong answer, for stage dpo
 chat = False            # talk with it; /clear, /system text, Ctrl-C stops an answer, Ctrl-D ends
 serve = False           # a page and an OpenAI-like API; requests bring their own temperature ...
 host = '127.0.0.1'      # 0.0.0.0 lets other machines in
 port = 8000             # 0: any that is free
-rows = 16               # requests that decode at a time, when serving
+rows = 16               # requests that decode at a time, when serving or asking many questions
 queue_limit = 64        # requests that may wait for a row; beyond it: 429
 quantize = ''           # int8: weights of a byte each
 device = 'auto'         # cuda, cuda:1, mps or cpu
@@ -374,6 +374,11 @@ def generate(model, prompts, max_new_tokens, seed=0, **how):
     return [request.ids for request in requests]
 
 
+def knows_chat(model, tokenizer):
+    """Whether it has the tokens that begin and end a message."""
+    return max(tokenizer.special.values(), default=math.inf) < model.config.vocab_size
+
+
 def ask(model, tokenizer, task, asked, seeds, rows, samples=1, most=200, temperature=1.0,
         tools=True):
     """
@@ -382,7 +387,7 @@ def ask(model, tokenizer, task, asked, seeds, rows, samples=1, most=200, tempera
     -> requests, rewards: lists with the samples of an example side by side. ValueError names an
     example whose reward cannot be had.
     """
-    if max(tokenizer.special.values(), default=math.inf) >= model.config.vocab_size:
+    if not knows_chat(model, tokenizer):
         raise ValueError('this model knows no chat tokens: it can be asked nothing')
     ends = tokenizer.special['<|end|>'], tokenizer.special['<|endoftext|>']
     tool, requests, rewards = calculator(tokenizer) if tools else None, [], []
@@ -410,8 +415,6 @@ def examine(model, tokenizer, questions, seed):
     """-> accuracies by kind of question. questions: a task; greedy, or what most of --votes say"""
     columns = {'all': []}
     variants = {'': {}, **getattr(questions, 'VARIANTS', {})}
-    if not tools:
-        variants = {'': {}}
     for variant, world in variants.items():
         asked = list(itertools.islice(questions.examples('test', seed, **world), num_examples))
         chances = np.random.SeedSequence(seed).generate_state(len(asked)).tolist()
@@ -430,18 +433,22 @@ def examine(model, tokenizer, questions, seed):
 def grade(runs, where, kind):
     """Print and draw how many of a task's held-out questions each of these runs answers rightly."""
     questions, table = task_of(DATA / task), {}
+    width = max(map(len, [*runs, f'{num_examples} questions']))
     for folder in runs:
         model, tokenizer, _ = load_model(folder)
-        table[folder] = examine(ready(model, where, kind), tokenizer, questions, seed)
-        if folder == runs[0]:
-            width = max(map(len, [*runs, f'{num_examples} questions']))
-            print(f'{num_examples} questions'.ljust(width), *table[folder], sep='  ')
+        if folder != runs[-1] and not knows_chat(model, tokenizer):
+            continue    # GPT-2's tokens, before a stage gave it those of a chat
+        found = examine(ready(model, where, kind), tokenizer, questions, seed)
+        if not table:
+            print(f'{num_examples} questions'.ljust(width), *found, sep='  ')
+        table[folder] = found
         cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())
         print(folder.ljust(width), *cells, sep='  ', flush=True)
-    target = folder_of(runs[-1]) / 'stages.png'
-    picture([folder_of(run) for run in runs], target, f'the stages on data/{task}',
-            [row['all'] for row in table.values()])
-    print(f'drawn: {target}')
+    if tools and votes == 1:    # a picture of the runs as they are
+        target = folder_of(runs[-1]) / 'stages.png'
+        picture([folder_of(run) for run in table], target, f'the stages on data/{task}',
+                [row['all'] for row in table.values()])
+        print(f'drawn: {target}')
 
 
 def write_answers(model, tokenizer, source):
@@ -453,7 +460,7 @@ def write_answers(model, tokenizer, source):
     asked = list(itertools.islice(questions.examples('train', f'write {seed}'), num_examples))
     chances = np.random.SeedSequence(seed).generate_state(len(asked)).tolist()
     requests, rewards = ask(model, tokenizer, questions, asked, chances, rows, num_samples,
-                            max_new_tokens)
+                            max_new_tokens, tools=tools)
     for i in range(0, len(requests), num_samples):
         group = list(zip(requests[i:i + num_samples], rewards[i:i + num_samples], strict=True))
         right = [request for request, reward in group
@@ -502,7 +509,7 @@ def talk(model, tokenizer, taught):
             line = input('\n> ')
             if line == '/clear':
                 turns = [turns[0]]
-            elif line.startswith('/system') and taught:
+            elif line.split()[:1] == ['/system'] and taught:
                 said = {'role': 'system', 'content': line[7:].strip()}
                 turns = [tokenizer.render([said])[0][1:] if said['content'] else []]
             elif line and taught:
@@ -511,7 +518,7 @@ def talk(model, tokenizer, taught):
                 if gone:
                     print(f'(it no longer sees the first {gone} messages: its window is full)')
                 ids = speak(model, tokenizer, prompt, next(chances), (end, tokenizer.end),
-                            calculator(tokenizer))
+                            calculator(tokenizer) if tools else None)
                 if ids:
                     turns += [question, [prompt[-1], *ids] + [end] * (ids[-1:] != [end])]
             elif line:
@@ -670,6 +677,8 @@ def main():
     for name, good in in_range.items():
         if not good:
             sys.exit(f'--{name}={globals()[name]}: out of range; see --help')
+    if (write and not task) or (pairs and not write):
+        sys.exit('--write= goes with --task=, and --pairs=True with --write=')
     try:
         where = auto_device(device)
         kind = auto_dtype(dtype, where)
@@ -696,7 +705,7 @@ def main():
         from assets.serve import serve as serve_web
         name = Path(out_dir).name if init_from == 'resume' else init_from
         try:
-            serve_web(Served(network, tokenizer, checkpoint, name),
+            serve_web(Served(network, tokenizer, checkpoint, name, tools),
                       lambda source: decode(network, source, rows), host, port, queue_limit)
         except OSError as error:
             sys.exit(f'--host={host} --port={port}: {error.strerror or error}; try --port=0')

@@ -657,6 +657,7 @@ def preflight(run, model, origin):
     # a few more; of its logits there are two in this precision and two in fp32.
     work = rows * (c.n_layer * 22 * c.n_embd * size + c.rows * (2 * size + 8))
     state = 4 * (2 * total - muon)
+    weights = total * (12 if stage in ('rl', 'dpo') else 8)     # these know where they began
     tokens, seen = max_iters * run.step_tokens, run.tokens_there
     if talks():
         work += min(rollout_rows, num_prompts * num_samples) * block_size * size * (
@@ -673,7 +674,7 @@ def preflight(run, model, origin):
 {flops / 1e6:.1f} MFLOPs per token
   a step      {step}
   the run     {max_iters:,} steps, {whole}
-  memory      about {(8 * total + state + work) / 1e9:.2f} GB: {8 * total / 1e9:.2f} weights and \
+  memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \
 gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   checkpoint  {(4 * total + state) / 1e6:.1f} MB, and as much for the best one
   machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={run.compile}, \
@@ -881,9 +882,10 @@ def main():
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        sys.exit(f'out of memory: halve --batch_size={batch_size} and double '
-                 f'--gradient_accumulation_steps={gradient_accumulation_steps}: the same step, '
-                 'in less memory')
+        less = (f'--batch_size={batch_size} or --rollout_rows={rollout_rows}' if talks() else
+                f'--batch_size={batch_size} and double --gradient_accumulation_steps='
+                f'{gradient_accumulation_steps}')
+        sys.exit(f'out of memory: halve {less}: the same step, in less memory')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

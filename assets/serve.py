@@ -158,8 +158,9 @@ def event(body):
 class Served:
     """A model as a server sees it: texts and conversations become prompts and Requests."""
 
-    def __init__(self, model, tokenizer, checkpoint, name):
+    def __init__(self, model, tokenizer, checkpoint, name, tools=True):
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.tool = calculator(tokenizer) if tools and is_taught(checkpoint) else None
         self.taught, self.window = is_taught(checkpoint), model.config.block_size
         self.ends = tuple(i for i in (tokenizer.end, tokenizer.special.get('<|end|>'))
                           if i is not None)
@@ -187,9 +188,8 @@ class Served:
         return fit(self.tokenizer, turns if system else [[], *turns], room)[0]
 
     def request(self, prompt, most, fields, seed, chat):
-        tool = calculator(self.tokenizer) if chat and self.taught else None
         return Request(prompt, most, fields['temperature'], fields['top_k'], fields['top_p'], seed,
-                       self.ends, tool)
+                       self.ends, self.tool if chat else None)
 
     @torch.inference_mode()
     def scores(self, ids):
@@ -283,7 +283,7 @@ class Desk:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One client's connection. `model` is set by serve()."""
+    """One client's connection. model, desk and local are its Server's."""
     protocol_version = 'HTTP/1.1'
     timeout = MOST_SECONDS
 
@@ -311,7 +311,7 @@ class Handler(BaseHTTPRequestHandler):
         """Another host's page must not drive a model here (nor rebind its name to this machine)."""
         host = self.headers.get('Host', '')
         name = host.rsplit(':', 1)[0] if not host.endswith(']') else host
-        if self.model.local and name not in ('127.0.0.1', 'localhost', '[::1]'):
+        if self.local and name not in ('127.0.0.1', 'localhost', '[::1]'):
             raise Refusal(f'this server answers to localhost, not to {host!r}', 403)
         origin = self.headers.get('Origin')
         if origin is not None and origin.split('://')[-1] != host:
@@ -495,8 +495,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, model, decode, host, port, limit):
         self.desk = Desk(decode, limit)
-        model.local = host in ('127.0.0.1', 'localhost')
-        super().__init__((host, port), type('', (Handler,), {'model': model, 'desk': self.desk}))
+        known = {'model': model, 'desk': self.desk, 'local': host in ('127.0.0.1', 'localhost')}
+        super().__init__((host, port), type('', (Handler,), known))
         self.threads = []
         for work in self.desk.run, self.serve_forever:
             self.threads.append(threading.Thread(target=work))

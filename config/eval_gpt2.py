@@ -1,4 +1,4 @@
-# Evaluate OpenAI's GPT-2 (124M) on a data set; its larger sisters are layers on this one.
+# Evaluate OpenAI's GPT-2 (124M) on a data set; its larger sisters have configs of their own.
 init_from = 'gpt2'
 eval_only = True
 eval_iters = 500        # batches

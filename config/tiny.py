@@ -1,6 +1,8 @@
 # A toy in the place of the model of config/train_gpt2.py: the stages for GPUs, run on a laptop.
 #   python train.py config/train_gpt2.py config/tiny.py
-#   python train.py config/train_gpt2.py config/smoltalk_sft.py config/tiny.py      # and so on
+#   python train.py config/train_gpt2.py config/smoltalk_sft.py config/tiny.py \
+#       --learning_rate=3e-3 --muon_lr=0.02
+# It writes where the real ones would: a run that is there is moved aside.
 block_size = 256
 batch_size = 4
 gradient_accumulation_steps = 1

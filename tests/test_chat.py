@@ -168,6 +168,15 @@ def test_a_talk_of_several_turns(monkeypatch, capsys):
     assert prompts[1].endswith('<|end|><|user|>or<|end|><|assistant|>')
 
 
+@pytest.mark.parametrize('tools', [True, False])
+def test_a_talk_has_the_calculator_unless_it_is_told_not_to(tools, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(sample, 'tools', tools)
+    monkeypatch.setattr(sample, 'speak', lambda *how: given.append(how[-1]) or [])
+    converse(monkeypatch, capsys, ['be', '/systematic'])
+    assert len(given) == 2 and all((tool is not None) == tools for tool in given)
+
+
 def test_a_long_talk_says_what_it_no_longer_sees(monkeypatch, capsys):
     text = converse(monkeypatch, capsys, ['to be or not to be'] * 4)
     assert 'it no longer sees the first' in text

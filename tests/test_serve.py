@@ -307,6 +307,8 @@ def test_a_taught_model_has_its_calculator_in_a_chat_and_nowhere_else(model):
     assert LETTERS.decode(forced).startswith('42')
     untaught = Served(model, LETTERS, {'lineage': []}, 'x')
     assert known.request([0], 9, fields, 0, chat=False).tool is None
+    without = Served(model, LETTERS, TAUGHT, 'x', tools=False)
+    assert without.request([0], 9, fields, 0, chat=True).tool is None
     assert untaught.request([0], 9, fields, 0, chat=True).tool is None
 
 

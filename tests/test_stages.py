@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 from test_train import TWO, gradients_of, make_run
 
+import sample
 import train
 from data.files import mixture_of, task_of, tasks_of, write_conversations, write_tokens
 from data.rows import Conversations, Mixture
@@ -654,10 +655,37 @@ def test_a_task_is_graded_along_the_chain_of_runs(talks, taught, tmp_path):
     drawn = tmp_path / 'out' / 'stages.png'
     assert drawn.stat().st_size > 5000
     drawn.unlink()
+    inside('sample.py', *how, '--max_new_tokens=5', '--votes=2')
+    inside('sample.py', *how, '--max_new_tokens=5', '--tools=False')
+    assert not drawn.exists()
     text = inside(
         'sample.py', *how[1:], f'--out_dir={tmp_path}/out/ckpt.pt', '--max_new_tokens=5'
     )
     assert re.search(rf'^{tmp_path}/out/ckpt.pt +100.0%', text, re.M) and drawn.exists()
+
+
+def test_a_run_that_knows_no_chat_tokens_is_not_graded(talks, taught, tmp_path, monkeypatch):
+    real = sample.load_model
+
+    def load_model(source):
+        model, tokenizer, checkpoint = real(source)
+        if source == str(taught):
+            model.config.vocab_size = tokenizer.special['<|end|>']
+        return model, tokenizer, checkpoint
+
+    inside('train.py', *common(talks, tmp_path / 'out', taught, max_iters=2, eval_interval=2))
+    monkeypatch.setattr(sample, 'load_model', load_model)
+    how = [f'--task={talks}', '--num_examples=4', '--device=cpu', '--max_new_tokens=3']
+    text = inside('sample.py', f'--out_dir={tmp_path}/out', *how)
+    assert f'{tmp_path}/out ' in text and not re.search(rf'^{taught} ', text, re.M)
+    text = inside('sample.py', f'--out_dir={taught}', *how, ok=False)
+    assert 'this model knows no chat tokens' in text
+
+
+@pytest.mark.parametrize('how', ['--write=there', '--pairs=True --task=arithmetic'])
+def test_what_writes_answers_is_asked_for_as_a_whole(how, taught, tmp_path):
+    text = inside('sample.py', f'--out_dir={taught}', *how.split(), cwd=tmp_path, ok=False)
+    assert '--write= goes with --task=' in text and not list(tmp_path.iterdir())
 
 
 def test_the_loop_does_not_contain_the_name_of_a_stage():

@@ -152,11 +152,18 @@ def test_difficulty_is_the_digits_of_the_numbers():
 
 
 def test_longer_stories_have_more_events():
-    def sentences(most):
-        return {e['question'].count('. ') for e in take(300, most=most) if e['kind'] == 'problem'}
+    def sentences(**world):
+        return {e['question'].count('. ') for e in take(300, **world)}
 
-    usual, longer = sentences(2), sentences(**arithmetic.VARIANTS['longer stories'])
+    usual = sentences(kinds=['problem'])
+    longer = sentences(**arithmetic.VARIANTS['longer stories'])
     assert max(usual) == 4 < max(longer) and min(usual) == min(longer)
+
+
+def test_what_is_harder_is_asked_of_word_problems_alone():
+    assert {e['kind'] for e in take(300)} == set(arithmetic.KINDS)
+    for world in arithmetic.VARIANTS.values():
+        assert {e['kind'] for e in take(100, 'test', **world)} == {'problem'}
 
 
 def test_notes_are_the_quotes_of_the_story():

@@ -26,7 +26,7 @@ def simple(row):
             'answer': LETTERS[labels.index(row['answerKey'])]}
 
 
-def examples(split='train', seed=0, **_):
+def examples(split='train', seed=0):
     """Yields {question, answer}."""
     return questions_of(HERE, split, seed)
 

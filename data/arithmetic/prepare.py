@@ -7,7 +7,7 @@ Our own world of questions, endless and checkable: sums, word problems, spelling
 A word problem has an opening, one or two events (maybe of no consequence) and an ending, each in
 one of many wordings. A worked answer goes through it sentence by sentence: who, how many, and if
 that matters a call of the calculator, or what the head makes of it; then, as in GSM8K, #### and the
-result. No question is in both splits: its checksum says where it belongs.
+result. No question is in two splits: its checksum says where it belongs.
 """
 import json
 import random
@@ -169,7 +169,7 @@ def is_easy(call):
 
 def example(rng, digits, events, most):
     """-> kind, question, parts of the worked answer, the final answer"""
-    kind = rng.choices(['problem', 'sum', 'letters', 'spelling'], [15, 2, 2, 1])[0]
+    kind = rng.choices(KINDS, [15, 2, 2, 1])[0]
     if kind == 'problem':
         question, steps, answer = word_problem(rng, digits, events, most)
     elif kind == 'spelling':
@@ -191,9 +191,12 @@ def example(rng, digits, events, most):
     return dict(kind=kind, question=question, parts=parts, answer=answer)
 
 
+KINDS = ['problem', 'sum', 'letters', 'spelling']
 LONGEST = 400   # characters of a question and its answer: a row of 256 tokens holds them
-VARIANTS = {    # for the test alone
-    'new wordings': {'events': NEW}, 'harder numbers': {'digits': 4}, 'longer stories': {'most': 4}}
+VARIANTS = {    # for the test alone, of word problems alone
+    'new wordings': {'events': NEW, 'kinds': ['problem']},
+    'harder numbers': {'digits': 4, 'kinds': ['problem']},
+    'longer stories': {'most': 4, 'kinds': ['problem']}}
 
 
 def world():
@@ -207,14 +210,14 @@ def split_of(question):
     return {0: 'test', 1: 'val'}.get(zlib.crc32(question.encode()) % 10, 'train')
 
 
-def examples(split='train', seed=0, digits=None, events=EVENTS, most=2):
+def examples(split='train', seed=0, digits=None, events=EVENTS, most=2, kinds=KINDS):
     """Yields questions of a split without end: {kind, question, parts, answer}, by seed. A word
-    problem has at most so many events."""
+    problem has at most so many events; kinds: which of them."""
     rng, digits = random.Random(f'{split} {seed}'), digits or world()
     while True:
         made = example(rng, digits, events, most)
         size = len(made['question']) + sum(len(part['text']) + 1 for part in made['parts'])
-        if split_of(made['question']) == split and size < LONGEST:
+        if split_of(made['question']) == split and size < LONGEST and made['kind'] in kinds:
             yield made
 
 

@@ -43,7 +43,7 @@ def final(text):
         return words
 
 
-def examples(split='train', seed=0, **_):
+def examples(split='train', seed=0):
     """Yields {question, answer}."""
     return questions_of(HERE, split, seed)
 
