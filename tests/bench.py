@@ -41,6 +41,7 @@ from sample import (  # noqa: E402
     load_model,
     quantized,
     read_bandwidth,
+    seed,
     weight_bytes,
 )
 
@@ -283,7 +284,7 @@ def demonstrations(*counts):
     from matplotlib import pyplot
 
     task = task_of(DATA / 'arithmetic')
-    asked = list(itertools.islice(task.examples('test'), 500))
+    asked = list(itertools.islice(task.examples('test', seed), 500))
     figure, axis = pyplot.subplots(figsize=(6, 3.5))
     for stage in 'sft', 'rl':
         right = []
@@ -296,6 +297,8 @@ def demonstrations(*counts):
         axis.plot(list(map(int, counts)), right, 'o-', label=stage)
     axis.set(xlabel='worked answers to learn from', ylabel='share of right answers', ylim=(0, 1))
     axis.set_xscale('log')
+    axis.set_xticks(list(map(int, counts)), counts)
+    axis.minorticks_off()
     axis.legend()
     figure.savefig(DATA.parent / 'assets/demonstrations.png', dpi=100, bbox_inches='tight')
 
