@@ -160,8 +160,8 @@ class Served:
 
     def __init__(self, model, tokenizer, checkpoint, name, tools=True):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.tool = calculator(tokenizer) if tools and is_taught(checkpoint) else None
         self.taught, self.window = is_taught(checkpoint), model.config.block_size
+        self.tool = calculator(tokenizer) if tools and self.taught else None
         self.ends = tuple(i for i in (tokenizer.end, tokenizer.special.get('<|end|>'))
                           if i is not None)
 

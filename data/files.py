@@ -188,12 +188,13 @@ def missing(folder, prepare):
         there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
         raise ValueError(f'--dataset={folder.name}: there is no data/{folder.name}; '
                          f'there are: {there}')
-    why = f'python data/{folder.name}/prepare.py'
-    if prepare and not is_ready(folder) and (folder / 'prepare.py').exists():
+    if is_ready(folder):
+        return ''
+    script = script_of(folder) if (folder / 'prepare.py').exists() else None
+    why = getattr(script, 'COMMAND', f'python data/{folder.name}/prepare.py')  # or a run writes it
+    if prepare and hasattr(script, 'prepare'):
         try:
-            prepare = getattr(script_of(folder), 'prepare', None)
-            if prepare:
-                prepare()
+            script.prepare()
         except (OSError, ValueError, KeyError) as error:
             why = str(error)
     return '' if is_ready(folder) else f'data/{folder.name}: not there; {why}'

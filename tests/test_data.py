@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TEXT, run
 
 from data import web
-from data.files import Tokens, download, read_meta, write_tokens
+from data.files import Tokens, download, missing, read_meta, write_tokens
 from data.tokenizer import SPECIAL, Tokenizer
 
 MIXED = 'naïve 🙂 سلام 你好 é'
@@ -302,3 +302,12 @@ def test_preparing_by_hand_says_what_is_wrong():
         'data/shakespeare_char/prepare.py', '--source=/nowhere.txt', ok=False
     )
     assert '--key=value' in run('data/shakespeare_char/prepare.py', '--source', ok=False)
+
+
+@pytest.mark.parametrize('prepare', [True, False])
+def test_a_data_set_that_only_a_run_can_write_says_how(prepare, tmp_path):
+    command = 'python sample.py --write=there'
+    (tmp_path / 'prepare.py').write_text(f'COMMAND = {command!r}')
+    assert missing(tmp_path, prepare).endswith(f'not there; {command}')
+    (tmp_path / 'train.bin').touch()
+    assert missing(tmp_path, prepare) == ''

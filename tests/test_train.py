@@ -558,7 +558,22 @@ def test_several_bad_steps_in_a_row_stop_with_advice(dataset, tmp_path):
     assert 'not finite: skipped, 5 in a row' in text and 'lower --learning_rate' in text
 
 
-def test_running_out_of_memory_says_what_to_halve_and_what_to_double(dataset, tmp_path):
+def test_the_card_counts_the_copy_that_rl_compares_with(dataset):
+    def weights(stage):
+        text = inside('train.py', f'--dataset={dataset}', f'--stage={stage}', '--dry_run=True')
+        return float(re.search(r'GB: ([\d.]+) weights and gradients', text)[1])
+
+    assert weights('sft') > 0.5 and weights('rl') == pytest.approx(1.5 * weights('sft'), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    'stage, advice',
+    [
+        ('pretrain', '--batch_size=4 and double --gradient_accumulation_steps=2'),
+        ('rl', '--batch_size=4 or --rollout_rows=64'),
+    ],
+)
+def test_running_out_of_memory_says_what_to_halve(stage, advice, dataset, tmp_path):
     text = inside(
         'train.py',
         *TINY,
@@ -566,9 +581,10 @@ def test_running_out_of_memory_says_what_to_halve_and_what_to_double(dataset, tm
         f'--out_dir={tmp_path}/out',
         '--n_embd=4194304',
         '--n_head=2',
+        f'--stage={stage}',
         ok=False,
     )
-    assert 'halve --batch_size=4 and double --gradient_accumulation_steps=2' in text
+    assert f'halve {advice}' in text
 
 
 @pytest.mark.parametrize(

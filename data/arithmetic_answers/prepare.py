@@ -5,10 +5,5 @@ COMMAND = ('python sample.py --out_dir=out-arithmetic-rl --task=arithmetic '
            '--write=data/arithmetic_answers --num_samples=1 --num_examples=8000 '
            '--rows=128 --max_new_tokens=120')
 
-
-def prepare():
-    raise ValueError(f'let a run write it: {COMMAND}')
-
-
 if __name__ == '__main__':
     print(COMMAND)

@@ -5,10 +5,5 @@ COMMAND = ('python sample.py --out_dir=out-arithmetic-sft --task=arithmetic '
            '--write=data/arithmetic_pairs --pairs=True --num_samples=8 --num_examples=2000 '
            '--rows=128 --max_new_tokens=120')
 
-
-def prepare():
-    raise ValueError(f'let a run write it: {COMMAND}')
-
-
 if __name__ == '__main__':
     print(COMMAND)
