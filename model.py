@@ -1,17 +1,14 @@
 """
-A GPT from top to bottom: rotary positions, the KV cache, attention, MLP, block, model, optimizers.
+A GPT from top to bottom: config, rotary positions, attention, MLP, block, model, loss, optimizers.
 
 One config spans two families. The defaults are the modern one: RMSNorm, rotary positions, QK-norm,
 ReLU^2, untied head, zero-initialized projections. GPT2 below is what to change to get GPT-2.
 
-Shapes: B rows, T tokens a row, C = n_embd, H query heads, G key and value heads, D = C / H,
-V vocabulary, S keys in sight.
+Shapes: B rows, T tokens per row, C = n_embd, H query heads, G key and value heads, D = C / H,
+V vocabulary, S keys.
 """
-import copy
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,13 +17,13 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
+    vocab_size: int            # the data's: ids 0 .. vocab_size-1; the tables may have more rows
     block_size: int = 1024     # the longest context, in tokens
-    vocab_size: int = 50257    # ids 0 .. vocab_size-1 are tokens; the tables may have more rows
-    n_layer: int = 12
-    n_head: int = 6            # fewer, wider heads than GPT-2's: cheaper on every device
-    n_kv_head: int = 0         # shared by groups of query heads (arXiv:2305.13245); 0: n_head
-    n_embd: int = 768
-    dropout: float = 0.0
+    n_layer: int = 12          # blocks
+    n_head: int = 12           # query heads; fewer, wider ones are cheaper on every device
+    n_kv_head: int = 0         # key and value heads, shared by groups of query heads; 0: n_head
+    n_embd: int = 768          # width
+    dropout: float = 0.0       # for many epochs over little data; 0 for pretraining on much
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
     norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
     position: str = 'rope'     # rope (arXiv:2104.09864) or learned
@@ -34,10 +31,10 @@ class GPTConfig:
     activation: str = 'relu2'  # relu2 (arXiv:2109.08668), gelu or gelu_tanh (OpenAI's GPT-2)
     tied: bool = False         # one table for the embedding and the head
     zero_init: bool = True     # projections into the residual stream, and the head, start at zero
-    x0: bool = True            # each block sees the embedding again, as much as it learns to want
+    x0: bool = True            # each block sees the embedding again, with a learned weight
     ngrams: int = 1            # embed the last 2 .. ngrams tokens too (arXiv:2501.16975), hashed
-    ngram_rows: int = 32768    # into a table of so many rows
-    vocab_multiple: int = 64   # the tables' rows are rounded up: matrix products like round sizes
+    ngram_rows: int = 32768    # into a table with this many rows
+    vocab_multiple: int = 64   # table rows are rounded up to this: matrix products like round sizes
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -57,7 +54,8 @@ class GPTConfig:
                 raise ValueError(f'{name} = {getattr(self, name)!r}: choose one of {allowed}')
 
     @property
-    def rows(self):
+    def table_rows(self):
+        """Rows of the token tables: vocab_size, rounded up."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
@@ -66,14 +64,13 @@ def relu2(x):
     return x * x    # not x.square(): its backward is a pow() per element, 7 times slower on a CPU
 
 
-ACTIVATIONS = {'relu2': relu2, 'gelu': F.gelu, 'gelu_tanh': nn.GELU('tanh')}
+# name: the function, and its input and output width in n_embd (a gated one reads twice its output)
+ACTIVATIONS = {'relu2': (relu2, 4, 4), 'gelu': (F.gelu, 4, 4), 'gelu_tanh': (nn.GELU('tanh'), 4, 4)}
 CHOICES = {'norm': ('rms', 'layer'), 'position': ('rope', 'learned'),
            'activation': tuple(ACTIVATIONS)}
 # What turns the modern default into GPT-2 (nanoGPT's; OpenAI's weights want gelu_tanh).
 GPT2 = dict(bias=True, norm='layer', position='learned', qk_norm=False, activation='gelu',
             tied=True, zero_init=False, x0=False, vocab_multiple=1)
-GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
-              'gpt2-xl': (48, 25, 1600)}    # n_layer, n_head, n_embd
 
 
 def rms_norm(x):
@@ -99,62 +96,14 @@ def rotate(x, rope):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).type_as(x)
 
 
-class KVCache:
-    """
-    Keys and values of every layer for a fixed number of rows, each at a position of its own, so
-    that texts of different lengths decode side by side. What lies beyond pos is never read.
-    """
-
-    def __init__(self, config, rows, device='cpu', dtype=torch.float32):
-        self.block_size = config.block_size     # and one slot more, for padding to be written to
-        shape = (config.n_layer, rows, config.block_size + 1, config.n_kv_head,
-                 config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.pos = torch.zeros(rows, device=device, dtype=torch.long)           # tokens held
-        self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)    # the last ids
-        self.row = torch.arange(rows, device=device)[:, None]
-
-    def part(self, first, last):
-        """-> rows first .. last - 1 as a cache, in the same memory."""
-        part = copy.copy(self)
-        part.k, part.v = self.k[:, first:last], self.v[:, first:last]
-        part.pos, part.tail = self.pos[first:last], self.tail[first:last]
-        part.row = self.row[:last - first]
-        return part
-
-    def copy_row(self, source, target, count):
-        """Let row target hold the first count tokens of row source."""
-        for memory in self.k, self.v:
-            memory[:, target, :count] = memory[:, source, :count]
-        self.pos[target], self.tail[target] = count, self.tail[source]
-
-    def cut(self, row, ids):
-        """Let a row hold only its first len(ids) tokens, which are ids."""
-        tail = [-1] * self.tail.shape[1] + ids
-        self.pos[row] = len(ids)
-        self.tail[row] = torch.tensor(tail[len(ids):], device=self.tail.device)
-
-    def place(self, idx):
-        """Find slots for idx: (B, T), -1 where a row has no token. -> their positions (B, T)"""
-        B, T = idx.shape
-        positions = self.pos[:, None] + torch.arange(T, device=idx.device)
-        self.lengths, self.span, self.mask = (idx >= 0).sum(1), self.block_size, None
-        if idx.device.type == 'cpu':    # elsewhere to look at positions is to wait for the device
-            self.span = int((self.pos + self.lengths).max())
-            if self.span > self.block_size:
-                raise ValueError(f'{self.span} tokens are more than block_size={self.block_size}')
-        if idx.device.type != 'cpu' or B * T > 1:   # else one query sees all that there is
-            keys = torch.arange(self.span, device=idx.device)
-            self.mask = positions[:, None, :, None] >= keys     # (B, 1, T, S)
-        self.slots = positions.where(idx >= 0, self.block_size)
-        return positions.clamp(max=self.block_size - 1)
-
-    def extend(self, layer, k, v):
-        """Write k, v: (B, T, G, D) into their slots. -> all in sight, (B, S, G, D) each"""
-        self.k[layer].index_put_((self.row, self.slots), k)
-        self.v[layer].index_put_((self.row, self.slots), v)
-        return self.k[layer, :, :self.span], self.v[layer, :, :self.span]
+@dataclass
+class Context:
+    """Where the tokens of a batch stand and which keys each may see: one for all blocks."""
+    positions: torch.Tensor    # (B or 1, T)
+    mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: all, or
+    is_causal: bool = False    # each token those up to itself, which needs no mask
+    rope: torch.Tensor = None  # (2, B or 1, T, 1, D), the angles of these positions for rotate()
+    cache: object = None       # where keys and values of earlier tokens are kept; see sample.py
 
 
 class Attention(nn.Module):
@@ -167,22 +116,22 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, heads * self.width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rope, cache):
+    def forward(self, x, context):
         B, T, C = x.shape
         H, G = self.config.n_head, self.config.n_kv_head
         qk, v = self.c_attn(x).view(B, T, H + 2 * G, self.width).split((H + G, G), dim=2)
         if self.config.qk_norm:
             qk = rms_norm(qk)
-        if rope is not None:
-            qk = rotate(qk, rope)
+        if context.rope is not None:
+            qk = rotate(qk, context.rope)
         q, k = qk.split((H, G), dim=2)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or G, T or S, D)
-        if T == 1:  # heads that share a key are as many queries to one head: it is read once
+        if T == 1:  # heads that share a key become queries of one head, so that it is read once
             q = q.reshape(B, G, H // G, self.width)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if cache is None else cache.mask, is_causal=cache is None,
+            q, k, v, attn_mask=context.mask, is_causal=context.is_causal,
             dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=q.shape[1] != G)
         y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.config.dropout, self.training)
@@ -192,9 +141,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
+        self.activation, width_in, width_out = ACTIVATIONS[config.activation]
+        self.c_fc = nn.Linear(config.n_embd, int(width_in * config.n_embd), bias=config.bias)
+        self.c_proj = nn.Linear(int(width_out * config.n_embd), config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
 
     def forward(self, x):
         x = self.c_proj(self.activation(self.c_fc(x)))
@@ -208,8 +158,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = make_norm(config), Attention(config, layer)
         self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, rope, cache):
-        x = x + self.attn(self.ln_1(x), rope, cache)
+    def forward(self, x, context):
+        x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -219,7 +169,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         # GPT-2's names in nanoGPT's order, so that their weights and AdamW's state fit.
-        parts = {'wte': nn.Embedding(config.rows, config.n_embd)}
+        parts = {'wte': nn.Embedding(config.table_rows, config.n_embd)}
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         if config.ngrams > 1:
@@ -229,11 +179,11 @@ class GPT(nn.Module):
         if config.x0:
             self.keep = nn.Parameter(torch.ones(config.n_layer))
             self.again = nn.Parameter(torch.zeros(config.n_layer))
-        self.lm_head = nn.Linear(config.n_embd, config.rows, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.table_rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
         # A bias that is not learned: an id beyond the vocabulary has probability 0.
-        no_token = torch.where(torch.arange(config.rows) < config.vocab_size, 0.0, -3e4)
+        no_token = torch.where(torch.arange(config.table_rows) < config.vocab_size, 0.0, -3e4)
         del self.lm_head.bias
         self.lm_head.register_buffer('bias', no_token, persistent=False)
         rope = rotary(config.block_size, config.n_embd // config.n_head)
@@ -265,6 +215,19 @@ class GPT(nn.Module):
             x = x + ngrams.view(B, T, -1)
         return x, recent
 
+    def context(self, idx, cache):
+        """Positions and mask for idx: (B, T), which goes on where cache (None: nothing) ends."""
+        if cache is None:
+            context = Context(torch.arange(idx.shape[1], device=idx.device)[None], is_causal=True)
+        else:
+            positions, keys = cache.place(idx)
+            context = Context(positions.clamp(max=self.config.block_size - 1), cache=cache)
+            if idx.device.type != 'cpu' or idx.numel() > 1:     # else one query, which sees all
+                context.mask = positions[:, None, :, None] >= keys      # (B, 1, T, S)
+        if self.rope is not None:
+            context.rope = self.rope[:, context.positions]
+        return context
+
     def forward(self, idx, targets=None, weights=None, cache=None):
         """
         idx: (B, T) token ids -> logits, loss.
@@ -272,19 +235,16 @@ class GPT(nn.Module):
         Training: targets (B, T), -1 where a token is not in play, or (B, T, K), several for each;
         weights of their shape, 1 if None. Logits are (B, T, V); the loss is the SUM of weight *
         -log p(target) over what is in play, so that whoever adds up several batches divides once.
-        Decoding: with a cache, each row of idx goes on where its row of the cache stands, and moves
-        it along. Rows of different lengths are padded at the right with -1. Logits are (B, 1, V),
-        of each row's last token. Raises ValueError for more than block_size tokens (CPU).
+        Decoding: with a cache, each row of idx continues its row of the cache and advances it. Rows
+        of different lengths are padded at the right with -1. Logits are (B, 1, V), of each row's
+        last token. Raises ValueError for more than block_size tokens (CPU).
         """
-        if cache is None:
-            tail = idx.new_full((len(idx), self.config.ngrams - 1), -1)
-            positions = torch.arange(idx.shape[1], device=idx.device)[None]
-        else:
-            tail, positions = cache.tail, cache.place(idx)
+        context = self.context(idx, cache)
+        tail = (cache.tail if cache is not None else
+                idx.new_full((len(idx), self.config.ngrams - 1), -1))
         x, recent = self.embed(idx, tail)
-        rope = None if self.rope is None else self.rope[:, positions]
         if self.config.position == 'learned':
-            x = x + self.transformer.wpe(positions)
+            x = x + self.transformer.wpe(context.positions)
         if self.config.norm == 'rms':
             x = rms_norm(x)     # the embedding starts small: so it learns fast
         x = F.dropout(x, self.config.dropout, self.training)
@@ -292,24 +252,11 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             if self.config.x0:      # as in github.com/KellerJordan/modded-nanogpt
                 x = self.keep[i] * x + self.again[i] * x0
-            x = block(x, rope, cache)
+            x = block(x, context)
         if cache is not None:
-            last = torch.arange(tail.shape[1], device=idx.device) + cache.lengths[:, None]
-            cache.pos += cache.lengths
-            cache.tail.copy_(recent.gather(1, last))
-            x = x[cache.row, (cache.lengths[:, None] - 1).clamp(min=0)]
+            x = cache.advance(x, recent)    # (B, 1, C), each row's last token
         logits = self.lm_head(self.transformer.ln_f(x))
-        loss = None
-        if targets is not None:
-            if targets.dim() == 2:
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                       ignore_index=-1, reduction='none').view(targets.shape)
-            else:
-                loss = -logits.float().log_softmax(-1).gather(2, targets.clamp(min=0))
-            in_play = targets >= 0
-            if weights is not None:     # whatever w is, a token not in play changes nothing
-                in_play = weights.where(in_play, 0)
-            loss = (loss * in_play).sum()
+        loss = None if targets is None else weighted_loss(logits, targets, weights)
         return logits[..., :self.config.vocab_size], loss
 
     def flops_per_token(self, T=None):
@@ -321,57 +268,58 @@ class GPT(nn.Module):
         attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
         return 6 * sum(m.weight.numel() for m in linears) + attention
 
+    def parameter_groups(self, muon):
+        """-> the layers' matrices if muon is on (else none), other matrices and tables, the rest"""
+        hidden = [p for p in self.transformer.h.parameters() if muon and p.dim() == 2]
+        others = [p for p in self.parameters() if not any(p is h for h in hidden)]
+        return hidden, [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
+
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0,
                              muon_dtype=torch.bfloat16):
         """
         AdamW for all (in nanoGPT's two groups), or with muon_lr: Muon for the layers' matrices and
         AdamW for the rest. -> list of optimizers, each with its peak rate in .peak_lr
         """
-        hidden = [p for p in self.transformer.h.parameters() if muon_lr and p.dim() == 2]
-        theirs = set(hidden)
-        rest = [p for p in self.parameters() if p not in theirs]
-        groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
-                  dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+        hidden, tables, rest = self.parameter_groups(muon_lr > 0)
+        groups = [dict(params=tables, weight_decay=weight_decay),
+                  dict(params=rest, weight_decay=0.0)]
+        fused = tables[0].device.type in ('cuda', 'cpu')
         optimizers = [torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate,
-                                        betas=betas, fused=rest[0].device.type in ('cuda', 'cpu'))]
+                                        betas=betas, fused=fused)]
         if hidden:
             optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
         for optimizer in optimizers:
             optimizer.peak_lr = optimizer.defaults['lr']
         return optimizers
 
-    @classmethod
-    def from_pretrained(cls, source, dropout=0.0):
-        """OpenAI's GPT-2: one of GPT2_SIZES, or a folder with config.json and model.safetensors."""
-        from safetensors.torch import load_file
-        if source in GPT2_SIZES:
-            from huggingface_hub import snapshot_download
-            source = snapshot_download(f'openai-community/{source}',
-                                       allow_patterns=['config.json', 'model.safetensors'])
-        theirs = json.loads(Path(source, 'config.json').read_text(encoding='utf-8'))
-        args = {name: theirs[name] for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
-        args |= {'block_size': theirs['n_positions'], 'activation': 'gelu_tanh', 'dropout': dropout}
-        model, weights = cls(GPTConfig(**{**GPT2, **args})), {}
-        for name, p in load_file(Path(source, 'model.safetensors')).items():
-            name = name.removeprefix('transformer.')
-            if not name.endswith(('.attn.bias', '.attn.masked_bias')):      # the causal mask
-                # GPT-2 keeps the matrices of its layers as (in, out), a Linear as (out, in).
-                weights['transformer.' + name] = p.t() if name[0] == 'h' and p.dim() == 2 else p
-        model.load_state_dict(weights | {'lm_head.weight': weights['transformer.wte.weight']})
-        return model
+
+def weighted_loss(logits, targets, weights=None):
+    """
+    logits: (B, T, V), targets: (B, T) or (B, T, K), -1: not in play, weights: as targets, 1 if None
+    -> the sum of weight * -log p(target) over the targets in play
+    """
+    if targets.dim() == 2:
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
+                               reduction='none').view(targets.shape)
+    else:
+        loss = -logits.float().log_softmax(-1).gather(2, targets.clamp(min=0))
+    in_play = targets >= 0
+    if weights is not None:     # whatever w is, a token not in play changes nothing
+        in_play = weights.where(in_play, 0)
+    return (loss * in_play).sum()
 
 
 @torch.no_grad()
 def widened(model, vocab_size):
-    """-> the same model with room for more tokens; each begins as the mean of those there are."""
+    """-> the same model with room for more tokens; each starts as the mean of the known ones."""
     known, weights = model.config.vocab_size, model.state_dict()
     wider = GPT(replace(model.config, vocab_size=vocab_size))
-    for name, rows in wider.state_dict().items():
+    for name, p in wider.state_dict().items():
         old = weights[name]
         if name in ('transformer.wte.weight', 'lm_head.weight'):
-            rows[:known], rows[known:] = old[:known], old[:known].mean(0)
+            p[:known], p[known:] = old[:known], old[:known].mean(0)
         else:
-            rows.copy_(old)
+            p.copy_(old)
     return wider
 
 

@@ -15,6 +15,7 @@ learning_rate = 3e-3
 muon_lr = 0.02
 min_lr = 0.0
 warmup_iters = 10
+lr_schedule = 'linear'
 warmdown = 0.6
 max_iters = 1200        # 0.7 epochs: nothing is read twice
 eval_interval = 400

@@ -2,7 +2,7 @@
 # that the teacher wrote:
 #   python train.py config/arithmetic_base.py --n_head=1 --n_embd=64 --ngram_rows=4096 \
 #       --out_dir=out-arithmetic-small
-#   python sample.py --out_dir=out-arithmetic-rl --task=arithmetic --write=data/arithmetic_answers \
+#   python -m extras.write_answers --out_dir=out-arithmetic-rl --folder=data/arithmetic_answers \
 #       --num_samples=1 --num_examples=8000 --rows=128 --max_new_tokens=120
 #   python train.py config/arithmetic_distill.py
 stage = 'distill'
@@ -18,6 +18,7 @@ learning_rate = 3e-3
 muon_lr = 0.02
 min_lr = 0.0
 warmup_iters = 10
+lr_schedule = 'linear'
 warmdown = 0.6
 max_iters = 2000
 eval_interval = 500

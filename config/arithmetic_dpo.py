@@ -1,5 +1,5 @@
 # Prefer right answers to wrong ones of the model's own:
-#   python sample.py --out_dir=out-arithmetic-sft --task=arithmetic --write=data/arithmetic_pairs \
+#   python -m extras.write_answers --out_dir=out-arithmetic-sft --folder=data/arithmetic_pairs \
 #       --pairs=True --num_samples=8 --num_examples=2000 --rows=128 --max_new_tokens=120
 #   python train.py config/arithmetic_dpo.py
 stage = 'dpo'
@@ -14,6 +14,7 @@ muon_lr = 0.001
 weight_decay = 0.0
 min_lr = 0.0
 warmup_iters = 5
+lr_schedule = 'linear'
 warmdown = 0.5
 max_iters = 60
 eval_interval = 20

@@ -17,6 +17,7 @@ muon_lr = 0.003
 weight_decay = 0.0      # nothing is read twice, so there is nothing to unlearn
 min_lr = 0.0
 warmup_iters = 20       # momentum is a mean of twenty steps: the first ones are mostly noise
+lr_schedule = 'linear'
 warmdown = 0.4
 max_iters = 300
 eval_interval = 50

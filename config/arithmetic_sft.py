@@ -11,6 +11,7 @@ muon_lr = 0.02
 weight_decay = 0.0      # in so few steps it has nothing to hold down
 min_lr = 0.0
 warmup_iters = 10
+lr_schedule = 'linear'
 warmdown = 0.8
 max_iters = 600         # seven times over the worked answers
 eval_interval = 200

@@ -13,6 +13,7 @@ learning_rate = 3e-5
 muon_lr = 0.0005
 weight_decay = 0.0                  # a question is seen a few times, its answers never twice
 warmup_iters = 5
+lr_schedule = 'linear'
 warmdown = 0.5
 max_iters = 400
 eval_interval = 50

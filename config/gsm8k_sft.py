@@ -9,6 +9,7 @@ learning_rate = 3e-4
 muon_lr = 0.002
 weight_decay = 0.1                  # several epochs over little data
 warmup_iters = 10
+lr_schedule = 'linear'
 warmdown = 1.0
 max_iters = 160
 eval_interval = 40

@@ -1,14 +1,10 @@
 # nanoGPT's own architecture, optimizer, schedule and CPU recipe for tiny Shakespeare: what to beat.
+from model import GPT2 as _gpt2
+
 out_dir = 'out-nanogpt-baseline'
 dataset = 'shakespeare_char'
-norm = 'layer'
-position = 'learned'
-qk_norm = False
-activation = 'gelu'
-tied = True
-zero_init = False
-x0 = False
-vocab_multiple = 1      # nanoGPT does not pad a table of characters
+globals().update(_gpt2)
+bias = False            # as nanoGPT trains it
 n_layer = 4
 n_head = 4
 n_embd = 128

@@ -10,6 +10,7 @@ learning_rate = 3e-4                # a tenth of pretraining's: it knows the lan
 muon_lr = 0.002
 weight_decay = 0.0                  # an epoch or two: there is nothing to forget
 warmup_iters = 20
+lr_schedule = 'linear'
 warmdown = 1.0
 max_iters = 3000                    # about an epoch
 eval_interval = 250

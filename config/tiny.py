@@ -12,9 +12,10 @@ n_embd = 64             # 50,257 tokens to choose from are nearly all of its wor
 max_iters = 300
 eval_interval = 100
 eval_iters = 20
-eval_examples = 100
-num_prompts = 8
-num_samples = 8
-max_new_tokens = 120
-rollout_rows = 64
 warmup_iters = 5
+if stage == 'rl':   # noqa: F821  set by the layer before
+    eval_examples = 100
+    num_prompts = 8
+    num_samples = 8
+    max_new_tokens = 120
+    rollout_rows = 64

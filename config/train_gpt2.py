@@ -16,6 +16,7 @@ learning_rate = 3e-3                # AdamW has only the token tables here, and 
 muon_lr = 0.02
 min_lr = 0.0
 warmup_iters = 100
+lr_schedule = 'linear'
 warmdown = 0.5
 eval_interval = 250
 eval_iters = 100

@@ -14,6 +14,7 @@ learning_rate = 3e-3    # AdamW has the tables of characters and n-grams; short 
 muon_lr = 0.02
 min_lr = 0.0
 warmup_iters = 10
+lr_schedule = 'linear'
 warmdown = 0.6
 max_iters = 540
 eval_interval = 180

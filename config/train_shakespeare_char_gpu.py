@@ -14,6 +14,7 @@ learning_rate = 2e-3
 muon_lr = 0.02
 min_lr = 0.0
 warmup_iters = 20
+lr_schedule = 'linear'
 warmdown = 0.6
 max_iters = 1500
 eval_interval = 250

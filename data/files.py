@@ -15,11 +15,17 @@ import pickle
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+from tqdm import tqdm
 
 DATA = Path(__file__).parent
+
+
+def say(text):
+    """Print a line, above a progress bar; of several processes only the first does."""
+    if os.environ.get('RANK', '0') == '0':
+        tqdm.write(text, sys.stdout)
 
 
 def download(urls, path, sha256, timeout=30):
@@ -90,8 +96,8 @@ def write_conversations(folder, tokenizer, source, **splits):
 
 def write_questions(folder, tokenizer, source, conversation, **splits):
     """
-    Write a task's questions (lists of dicts) for questions_of(), and their conversations. One in 20
-    to train on is kept for validation, so that the test's choose nothing.
+    Write a task's questions (lists of dicts) for read_questions(), and their conversations. One in
+    20 to train on is kept for validation, so that nothing is chosen by the test questions.
     """
     train = splits['train']
     splits.update(train=[q for i, q in enumerate(train) if i % 20 or len(train) < 20],
@@ -102,13 +108,22 @@ def write_questions(folder, tokenizer, source, conversation, **splits):
                         val=map(conversation, splits['val']))
 
 
-def questions_of(folder, split, seed=0):
-    """Yields what was written: those to train on without end, by seed, the others in their order"""
+def read_questions(folder, split, seed=0):
+    """Yields what was written: those to train on endlessly, shuffled by seed, others in order."""
     known = json.loads((Path(folder) / 'questions.json').read_text(encoding='utf-8'))[split]
     if split != 'train':
         yield from known
     for epoch in itertools.count() if split == 'train' else ():
         yield from random.Random(f'{seed} {epoch}').sample(known, len(known))
+
+
+def load_splits(source, *hub):
+    """-> a data set's train and test split, from {split}.jsonl in the folder source, or the hub"""
+    from datasets import load_dataset
+    if not source:
+        return load_dataset(*hub)
+    files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
+    return load_dataset('json', data_files=files)
 
 
 def write_meta(folder, tokenizer, source, dtype, counts, sha256):
@@ -165,32 +180,32 @@ def mixture_of(dataset):
     return parts
 
 
-def find(datasets, prepare=True):
+def find_data(names, prepare=True):
     """
     Prepare the first of these data sets (or mixtures) that can be had, if it is not there yet and
-    small (large ones are prepared by hand). -> its name, or the first one's in a dry run, and what
-    is wrong with those before it. ValueError if there is none.
+    small; large ones are prepared by hand. -> its name, what is wrong with those before it.
+    ValueError if there is none; without prepare the first one's name then.
     """
     problems = []
-    for dataset in datasets:
-        wrong = [problem for folder in mixture_of(dataset) if (problem := missing(folder, prepare))]
+    for name in names:
+        wrong = [problem for folder in mixture_of(name) if (problem := missing(folder, prepare))]
         if not wrong:
-            return dataset, problems
+            return name, problems
         problems += wrong
     if prepare:
         raise ValueError('; '.join(problems))
-    return datasets[0], problems
+    return names[0], problems
 
 
 def missing(folder, prepare):
     """-> what is wrong with a data set, after an attempt to prepare it; '' if it can be read"""
     if not folder.is_dir():
-        there = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
+        known = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
         raise ValueError(f'--dataset={folder.name}: there is no data/{folder.name}; '
-                         f'there are: {there}')
+                         f'there are: {known}')
     if is_ready(folder):
         return ''
-    script = script_of(folder) if (folder / 'prepare.py').exists() else None
+    script = load_script(folder) if (folder / 'prepare.py').exists() else None
     why = getattr(script, 'COMMAND', f'python data/{folder.name}/prepare.py')  # or a run writes it
     if prepare and hasattr(script, 'prepare'):
         try:
@@ -200,13 +215,15 @@ def missing(folder, prepare):
     return '' if is_ready(folder) else f'data/{folder.name}: not there; {why}'
 
 
-def fetched(source, *hub):
-    """-> a data set's train and test split, from {split}.jsonl in the folder source, or the hub"""
-    from datasets import load_dataset
-    if not source:
-        return load_dataset(*hub)
-    files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
-    return load_dataset('json', data_files=files)
+def read_metas(parts, check=True):
+    """-> the meta of the data sets in parts together: tokens in train, hashes by folder, and the
+    first one's tokenizer, which must be that of all (ValueError)"""
+    metas = {str(folder): read_meta(folder) for folder in parts}
+    first = next(iter(metas.values()))
+    if check and any(meta['tokenizer'] != first['tokenizer'] for meta in metas.values()):
+        raise ValueError(f'--dataset={",".join(metas)}: these do not have the same tokenizer')
+    return {**first, 'tokens': sum(m.get('counts', {}).get('train', 0) for m in metas.values()),
+            'hashes': {folder: meta.get('sha256', {}) for folder, meta in metas.items()}}
 
 
 def by_hand(prepare, *args):
@@ -219,64 +236,13 @@ def by_hand(prepare, *args):
         sys.exit(str(error))
 
 
-def script_of(folder):
+def load_script(folder):
     """-> the module folder/prepare.py"""
     spec = importlib.util.spec_from_file_location(f'data.{folder.name}.prepare',
                                                   folder / 'prepare.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def task_of(folder):
-    """-> a data set's prepare.py, which must have examples, conversation and reward (ValueError)"""
-    task = script_of(folder) if (folder / 'prepare.py').exists() else None
-    if not all(hasattr(task, name) for name in ('examples', 'conversation', 'reward')):
-        raise ValueError(f'{folder}: not a task; its prepare.py would need examples, conversation '
-                         'and reward')
-    return task
-
-
-def tasks_of(parts):
-    """
-    -> a task that is a mixture of those in {folder: share}: each question is of one of them, drawn
-    by the shares, until one that is drawn has no more. An example is (folder, that task's example).
-    """
-    tasks = {str(folder): task_of(folder) for folder in parts}
-
-    def examples(split, seed=0):
-        rng = random.Random(f'mixture {split} {seed}')
-        sources = {folder: task.examples(split, seed) for folder, task in tasks.items()}
-        while True:
-            folder = rng.choices(list(tasks), list(parts.values()))[0]
-            example = next(sources[folder], None)
-            if example is None:
-                return
-            yield folder, example
-
-    return SimpleNamespace(
-        examples=examples, conversation=lambda drawn: tasks[drawn[0]].conversation(drawn[1]),
-        reward=lambda drawn, answer: tasks[drawn[0]].reward(drawn[1], answer))
-
-
-def fresh_folder(folder):
-    """Make folder for a new run; one that holds a run is moved aside. -> where to, or None"""
-    folder, aside = Path(folder), None
-    if (folder / 'ckpt.pt').exists():
-        numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
-        aside = next(path for path in numbered if not path.exists())
-        folder.rename(aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    cut_log(folder / 'log.jsonl', -1)
-    return aside
-
-
-def cut_log(path, step):
-    """Leave out of a log what lies beyond step, and a line that was cut in the middle."""
-    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
-    text = ''.join(line + '\n' for line in kept).encode()
-    write(path, lambda file: file.write(text))
 
 
 class Tokens:
@@ -286,7 +252,7 @@ class Tokens:
     """
 
     def __init__(self, folder, split, length=1, vocab_size=None):
-        self.meta, self.length, self.cut = read_meta(folder), length, 0
+        self.meta, self.length, self.truncated = read_meta(folder), length, 0
         self.vocab_size = vocab_size or self.meta['vocab_size']
         self.dtype = np.dtype(self.meta['dtype'])
         one = Path(folder) / f'{split}.bin'

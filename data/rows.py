@@ -1,16 +1,96 @@
 """
-Rows to train on: conversations packed side by side, data sets mixed.
+Rows to train on: windows of a text, conversations packed side by side, mixtures of data sets.
 
-A row is x, y of the same length: y is -1 where the token is not in play.
+A row is x, y of the same length; y is -1 where the token is not in play. read_rows() makes batches
+and the validation loss of them, for every stage that learns from token files.
 """
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-from data.files import Tokens
+from data.files import Tokens, say
+
+TEXT_STAGES = 'pretrain', 'finetune'    # in which all of a conversation is in play
 
 
-def side_by_side(texts, length=0):
+def all_sum(values):
+    """Sum a small vector over all processes. -> list of numbers"""
+    if dist.is_initialized():
+        values = values.cuda() if dist.get_backend() == 'nccl' else values
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def read_rows(run):
+    """
+    Rows of a run's data sets, each once an epoch: all of a text is in play, of conversations what
+    the assistant had to write (in TEXT_STAGES all of them). Each token weighs 1.
+    -> batches(step), evaluate()
+    """
+    batch_size, block_size = run.config['batch_size'], run.config['block_size']
+    train, val = (Mixture(run.data, split, block_size + 1, run.model.config.vocab_size,
+                          packed=run.config['stage'] not in TEXT_STAGES)
+                  for split in ('train', 'val'))
+    if train.truncated + val.truncated:
+        say(f'{train.truncated + val.truncated} conversations are longer than '
+            f'--block_size={block_size}: truncated')
+
+    def batches(step):
+        """A step's microbatches (x, y, w) for this process, of rows shared out among all."""
+        count = batch_size * run.config['gradient_accumulation_steps']
+        numbers = np.arange(step * count, (step + 1) * count)[run.rank::run.world]
+        for i in range(0, len(numbers), batch_size):
+            x, y = train.rows(numbers[i:i + batch_size], run.config['seed'])
+            yield torch.from_numpy(x), torch.from_numpy(y), None
+
+    def evaluate():
+        """Of a mixture: the losses of its parts, weighted by their shares. -> metrics, score"""
+        found = [validation_loss(run, held_out_batches(run, source)) for source in val.sources]
+        metrics = {name: float(np.dot(val.shares, [part[name] for part in found]))
+                   for name in found[0]}
+        if len(found) > 1:
+            metrics |= {f'val_loss_{folder.name}': part['val_loss']
+                        for folder, part in zip(run.data, found, strict=True)}
+        return metrics, metrics['val_loss']
+
+    return batches, evaluate
+
+
+def held_out_batches(run, source):
+    """Every held-out target of a data set once, in at most eval_iters batches."""
+    count, batch_size, most = (source.held_out(), run.config['batch_size'],
+                               run.config['eval_iters'] * run.config['batch_size'])
+    numbers = np.arange(count)
+    if 0 < most < count:
+        numbers = np.linspace(0, count - 1, most).astype(int)
+    unit = batch_size * run.world           # the last batch is filled up, with rows not in play
+    numbers = np.append(numbers, np.full(-len(numbers) % unit, -1))
+    for i in range(run.rank * batch_size, len(numbers), unit):
+        batch = numbers[i:i + batch_size]
+        x, y = map(torch.from_numpy, source.held_out_rows(batch.clip(min=0)))
+        y[torch.from_numpy(batch) < 0] = -1
+        yield x, y
+
+
+@torch.no_grad()
+def validation_loss(run, batches):
+    """Mean loss over the tokens in play in all processes' batches, and in bits per byte."""
+    byte_counts = torch.tensor(run.tokenizer.byte_lengths() + [0] * run.model.config.table_rows)
+    total = torch.zeros(3, dtype=torch.float64)
+    for x, y in batches:
+        loss = run.forward(run.network, x, y, None)[1].item()
+        total += torch.tensor([loss, (y >= 0).sum(), byte_counts[y[y >= 0]].sum()])
+    loss, count, size = all_sum(total)
+    if not count:
+        raise ValueError(f'--dataset={run.config["dataset"]}: nothing in its validation data is in '
+                         'play')
+    return {'val_loss': loss / count, 'val_bits_per_byte': loss / max(size, 1) / math.log(2)}
+
+
+def pad(texts, length=0):
     """
     Texts as (ids, in play, weight), a row each, padded at the right to length or to the longest
     -> x, y, w: (texts, length - 1)
@@ -22,7 +102,7 @@ def side_by_side(texts, length=0):
         x[i, :len(ids)] = ids
         y[i, :len(ids)] = np.where(in_play, ids, -1)
         w[i] = weight
-    return x[:, :-1], y[:, 1:], w[:, 1:]
+    return tuple(map(torch.from_numpy, (x[:, :-1], y[:, 1:], w[:, 1:])))
 
 
 class Conversations:
@@ -32,7 +112,7 @@ class Conversations:
     """
 
     def __init__(self, folder, split, length, vocab_size=None):
-        """length: of a row, in tokens. cut: how many conversations are longer, and are cut."""
+        """length: of a row, in tokens. truncated: how many conversations are longer, and are."""
         self.length, path = length, Path(folder) / f'{split}.bin'
         if not path.with_suffix('.mask.bin').exists():
             raise ValueError(f'{folder}: there is no {split}.mask.bin, so these are no '
@@ -44,7 +124,7 @@ class Conversations:
             raise ValueError(f'{path}: not as long as its mask; prepare it again')
         begins = np.flatnonzero((ids == ids[0]) & (self.in_play[:] == 0))
         self.spans = np.stack((begins, np.append(begins[1:], len(ids))), 1)
-        self.cut = int((self.spans[:, 1] - self.spans[:, 0] > length).sum())
+        self.truncated = int((self.spans[:, 1] - self.spans[:, 0] > length).sum())
         self.spans[:, 1] = np.minimum(self.spans[:, 1], self.spans[:, 0] + length)
         self.plans, self.sizes = {}, {}
 
@@ -70,13 +150,14 @@ class Conversations:
         start, stop = self.spans[i]
         return self.tokens.windows(np.array([start]), stop - start)[0], self.in_play[start:stop]
 
-    def beside(self, rows):
+    def assemble(self, rows):
         """Rows, each a list of conversations -> x, y: (rows, length - 1), -1 what is not in play"""
         texts = []
         for row in rows:
             ids, in_play = zip(*map(self.conversation, row), strict=True)
             texts.append((np.concatenate(ids), np.concatenate(in_play), 1.0))
-        return side_by_side(texts, self.length)[:2]
+        x, y, _ = pad(texts, self.length)
+        return x.numpy(), y.numpy()
 
     def rows(self, numbers, seed):
         """Row numbers, counted from a run's start, epoch after epoch -> x, y"""
@@ -89,14 +170,14 @@ class Conversations:
                 else:
                     self.plan(epoch, seed)
             chosen.append(self.plan(epoch, seed)[number])
-        return self.beside(chosen)
+        return self.assemble(chosen)
 
     def held_out(self):
         """-> how many rows hold all of it"""
         return len(self.plan(-1, 0))
 
     def held_out_rows(self, numbers):
-        return self.beside([self.plan(-1, 0)[number] for number in numbers])
+        return self.assemble([self.plan(-1, 0)[number] for number in numbers])
 
 
 class Mixture:
@@ -111,7 +192,7 @@ class Mixture:
             (Conversations if packed and (Path(folder) / f'{split}.mask.bin').exists() else Tokens)
             (folder, split, length, vocab_size) for folder in parts]
         self.length = length
-        self.cut = sum(source.cut for source in self.sources)
+        self.truncated = sum(source.truncated for source in self.sources)
         self.shares = np.array(list(parts.values())) / sum(parts.values())
         turns = (np.arange(self.CYCLE) + 0.5) / self.CYCLE
         turns = np.random.default_rng(0).permutation(turns)     # so that every batch is mixed

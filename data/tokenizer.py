@@ -6,8 +6,8 @@ A tokenizer is a plain dict, small enough to travel in a checkpoint:
     {'kind': 'char', 'chars': '\\n !,...', 'special': ['<|endoftext|>', ...]}
     {'kind': 'gpt2'}
     {'kind': 'words', 'words': [' has', 'Anna', ...]}
-Special tokens come only from the program, or from encode(..., special=True): in ordinary text their
-names are letters.
+Special tokens come only from the program, or from encode(..., special=[names]): in ordinary text
+their names are letters.
 """
 import codecs
 import functools
@@ -81,16 +81,13 @@ class Tokenizer:
         """The id that ends a document; None where there is none, as in nanoGPT's characters."""
         return self.special.get('<|endoftext|>')
 
-    def encode(self, text, special=False):
-        """text -> ids. special=True: the names of special tokens in it become those tokens."""
+    def encode(self, text, special=()):
+        """text -> ids. special: names of special tokens that become those tokens in it."""
         if self.bpe:
-            if special:
-                return self.bpe.encode(text, allowed_special='all')
-            return self.bpe.encode_ordinary(text)
-        if not (special and self.special):
-            return [self._char(c) for c in text]
-        parts = re.split('(' + '|'.join(map(re.escape, self.special)) + ')', text)
-        ids = ([self.special[p]] if p in self.special else map(self._char, p) for p in parts)
+            return self.bpe.encode(text, allowed_special=set(special), disallowed_special=())
+        special = [name for name in special if name in self.special]
+        parts = re.split('(' + '|'.join(map(re.escape, special)) + ')', text) if special else [text]
+        ids = ([self.special[p]] if p in special else map(self._char, p) for p in parts)
         return [i for part in ids for i in part]
 
     def known(self, text):
@@ -134,6 +131,20 @@ class Tokenizer:
             add([special['<|assistant|>']], False)
         return ids, in_play
 
+    def fit(self, turns, room):
+        """
+        turns: lists of ids, the first one the system's or empty -> prompt of at most room ids,
+        number of turns left out. The oldest go first, a question with its answer; of the last one
+        alone, if it is too long, the end is kept.
+        """
+        begin, reply = self.special['<|endoftext|>'], self.special['<|assistant|>']
+        head, rest = [begin, *turns[0]][:room // 2], turns[1:]
+        kept = len(rest)
+        while kept > 2 and len(head) + 1 + sum(map(len, rest[-kept:])) > room:
+            kept -= 2
+        tail = sum(rest[-kept:], [])[-(room - len(head) - 1):]
+        return [*head, *tail, reply], len(rest) - kept
+
     def _char(self, c):
         if c not in self.chars:
             raise ValueError(f'the character {c!r} (U+{ord(c):04X}) is none of {len(self.chars)} '
@@ -151,23 +162,27 @@ class Tokenizer:
     def decode(self, ids):
         return b''.join(map(self.token_bytes, ids)).decode('utf-8', errors='replace')
 
+    def transcript(self, ids):
+        """ids -> the text that people see of an answer; see Detokenizer"""
+        return Detokenizer(self).push(ids, last=True)
+
     def byte_lengths(self):
         """-> list: how many bytes of text each token stands for, 0 for a special token."""
         special = set(self.special.values())
         return [0 if i in special else len(self.token_bytes(i)) for i in range(self.vocab_size)]
 
 
-class Voice:
+class Detokenizer:
     """Ids to text for people, as they come: whole characters, a tool call as [48/2 = 24]."""
 
     def __init__(self, tokenizer, stop=()):
         self.tokenizer, self.stop = tokenizer, stop
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        self.text, self.told, self.seen = '', 0, 0      # characters told, ids seen
+        self.text, self.given, self.seen = '', 0, 0     # characters given out, ids seen
         self.calling, self.stopped = False, False
 
-    def hear(self, ids, last=False):
-        """All ids so far -> the text that is new; what may become a stop text waits."""
+    def push(self, ids, last=False):
+        """All ids so far -> the text that is new; what may become a stop text is held back."""
         names = {i: name for name, i in self.tokenizer.special.items()}
         for token in ids[self.seen:]:
             if token in names:
@@ -183,6 +198,6 @@ class Voice:
         if found:
             self.text, self.stopped = self.text[:min(found)], True
         held = 0 if last or self.stopped else max(map(len, self.stop), default=1) - 1
-        end = max(self.told, len(self.text) - held)
-        piece, self.told = self.text[self.told:end], end
+        end = max(self.given, len(self.text) - held)
+        piece, self.given = self.text[self.given:end], end
         return piece

@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, fetched, questions_of, write_questions  # noqa: E402
+from data.files import by_hand, load_splits, read_questions, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
@@ -28,7 +28,7 @@ def simple(row):
 
 def examples(split='train', seed=0):
     """Yields {question, answer}."""
-    return questions_of(HERE, split, seed)
+    return read_questions(HERE, split, seed)
 
 
 def conversation(example):
@@ -42,7 +42,7 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found = fetched(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
+    found = load_splits(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
     write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'allenai/ai2_arc', conversation,
                     **{split: list(map(simple, found[split])) for split in ('train', 'test')})
 

@@ -1,8 +1,8 @@
 """
 Pairs of a right and a wrong answer, for stage dpo: a run writes them itself, from its own answers.
 """
-COMMAND = ('python sample.py --out_dir=out-arithmetic-sft --task=arithmetic '
-           '--write=data/arithmetic_pairs --pairs=True --num_samples=8 --num_examples=2000 '
+COMMAND = ('python -m extras.write_answers --out_dir=out-arithmetic-sft '
+           '--folder=data/arithmetic_pairs --pairs=True --num_samples=8 --num_examples=2000 '
            '--rows=128 --max_new_tokens=120')
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, fetched, questions_of, write_questions  # noqa: E402
+from data.files import by_hand, load_splits, read_questions, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
@@ -45,7 +45,7 @@ def final(text):
 
 def examples(split='train', seed=0):
     """Yields {question, answer}."""
-    return questions_of(HERE, split, seed)
+    return read_questions(HERE, split, seed)
 
 
 def conversation(example):
@@ -60,7 +60,7 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found = fetched(source, 'openai/gsm8k', 'main')
+    found = load_splits(source, 'openai/gsm8k', 'main')
     write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'openai/gsm8k', conversation,
                     **{split: list(map(dict, found[split])) for split in ('train', 'test')})
 

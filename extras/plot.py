@@ -1,4 +1,4 @@
-"""The pictures of runs: loss.png of one, stages.png of several that followed each other."""
+"""Pictures of runs: loss.png of one, stages.png of several that followed each other."""
 import json
 from pathlib import Path
 
@@ -15,16 +15,16 @@ def read_log(folder):
 
 
 def points(log, key, began):
-    """-> minutes and values of what a log has of key. A loss of weighed answers is no loss: none"""
-    weighed = any({'reward', 'reward_gap'} & line.keys() for line in log)
-    there = [] if key == 'loss' and weighed else [line for line in log if key in line]
-    return [began + line['seconds'] / 60 for line in there], [line[key] for line in there]
+    """-> minutes and values of key in a log. A weighted sum of log p, as RL's, is no loss: none"""
+    weighted = any({'reward', 'reward_gap'} & line.keys() for line in log)
+    lines = [] if key == 'loss' and weighted else [line for line in log if key in line]
+    return [began + line['seconds'] / 60 for line in lines], [line[key] for line in lines]
 
 
-def picture(folders, target, title, accuracies=()):
+def draw(folders, target, title, accuracies=()):
     """
-    Draw the logs of runs one after the other, over minutes of training: losses and, where there
-    are answers, rewards and accuracy. accuracies: a star for each run, at its end.
+    Draw the logs of runs one after the other, over minutes of training: losses, and rewards and
+    accuracy if there are any. accuracies: a star for each run, at its end.
     """
     import matplotlib
     matplotlib.use('Agg')
@@ -50,6 +50,6 @@ def picture(folders, target, title, accuracies=()):
                 yscale='log' if len(logs) > 1 else 'linear')
     axes[-1].set(xlabel='minutes of training')
     if answered:
-        axes[1].set(ylabel='share of right answers', ylim=(0, 1.1))
+        axes[1].set(ylabel='share of correct answers', ylim=(0, 1.1))
     figure.savefig(target, dpi=100, bbox_inches='tight')
     pyplot.close(figure)

@@ -1,0 +1,271 @@
+"""
+The folders of runs: checking a run's settings, making its model, writing and reading checkpoints.
+
+A checkpoint holds plain tensors, numbers and strings, so that reading one executes nothing.
+"""
+import hashlib
+import json
+import math
+import os
+import pickle
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.files import DATA, find_data, read_meta, say, write
+from data.rows import TEXT_STAGES, all_sum
+from data.tokenizer import Tokenizer
+from model import GPT, GPT2, GPTConfig, widened
+
+
+def step_tokens(config):
+    """How many tokens a step of rows reads."""
+    return config['batch_size'] * config['gradient_accumulation_steps'] * config['block_size']
+
+
+def model_config(config, vocab_size):
+    return GPTConfig(vocab_size, **{f.name: config[f.name] for f in fields(GPTConfig)[1:]})
+
+
+def check(config, stage, schedules):
+    """Check settings against each other before anything is done. ValueError says what to change"""
+    if config['init_from'] == 'scratch':
+        model_config(config, vocab_size=1)
+    if config['lr_schedule'] not in schedules:
+        raise ValueError(f'--lr_schedule={config["lr_schedule"]}: choose one of '
+                         f'{", ".join(schedules)}')
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    shared = [['batch_size', 'gradient_accumulation_steps'], ['num_prompts']]
+    for names in shared if stage.samples else shared[:1]:
+        if math.prod(config[name] for name in names) % world:
+            named = ' x '.join(f'--{name}={config[name]}' for name in names)
+            raise ValueError(f'{named} do not divide among {world} processes')
+    if config['dropout'] and stage.reference:
+        raise ValueError(f'--dropout={config["dropout"]}: must be 0 in stage {config["stage"]}, '
+                         'whose weights w come from what the whole model says')
+    writes = not (config['eval_only'] or config['dry_run'])
+    for name in 'init_from', 'teacher':
+        source = config.get(name) or '/'
+        if writes and folder_of(source).resolve() == Path(config['out_dir']).resolve():
+            raise ValueError(f'--out_dir={config["out_dir"]} is the run that --{name} reads: '
+                             'choose another')
+
+
+def choose_data(config, local_rank):
+    """
+    Prepare dataset, or fallback_dataset if that cannot be had, which is said loudly. The first
+    process of a machine does; the others wait. -> dataset, out_dir, in config too
+    """
+    names, dry_run = [config['dataset'], config['fallback_dataset']], config['dry_run']
+    if local_rank and dist.is_initialized():
+        dist.barrier()
+    dataset, problems = find_data([name for name in names if name], not (dry_run or local_rank))
+    if not local_rank and dist.is_initialized():
+        dist.barrier()
+    for problem in problems:
+        say(problem + ("; GPT-2's vocabulary is assumed" if dry_run else ''))
+    if dataset != names[0]:
+        config['out_dir'] = config['out_dir'].replace(
+            names[0].replace('_', '-'), dataset.replace('_', '-'))
+        say(f'!!! NOT {names[0].upper()}: TRAINING ON {dataset.upper()} INSTEAD, IN '
+            f'{config["out_dir"]} !!!')
+        config['dataset'] = dataset
+    return dataset, config['out_dir']
+
+
+def out_of_memory(error, config):
+    """-> advice where memory was out; other errors are raised again"""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
+            "can't allocate" not in str(error)):
+        raise error
+    rollouts = f' or --rollout_rows={config["rollout_rows"]}' if 'rollout_rows' in config else ''
+    more = '' if rollouts else (' and double --gradient_accumulation_steps='
+                                f'{config["gradient_accumulation_steps"]}')
+    return (f'out of memory: halve --batch_size={config["batch_size"]}{rollouts}{more}: the same '
+            'step, in less memory')
+
+
+def open_folder(run, resumed):
+    """Make out_dir ready to be written to; a run that it holds is moved aside, never overwritten"""
+    out_dir = run.config['out_dir']
+    if run.rank == 0 and resumed:
+        truncate_log(Path(out_dir, 'log.jsonl'), run.step)
+    elif run.rank == 0 and (aside := fresh_folder(out_dir)):
+        say(f'{out_dir} holds a run already: moved to {aside}')
+    if run.rank == 0 and run.config['wandb_log']:
+        import wandb
+        wandb.init(project=run.config['wandb_project'], name=run.config['wandb_run_name'],
+                   config=run.config)
+
+
+def fresh_folder(folder):
+    """Make folder for a new run; one that holds a run is moved aside. -> where to, or None"""
+    folder, aside = Path(folder), None
+    if (folder / 'ckpt.pt').exists():
+        numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
+        aside = next(path for path in numbered if not path.exists())
+        folder.rename(aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    truncate_log(folder / 'log.jsonl', -1)
+    return aside
+
+
+def truncate_log(path, step):
+    """Leave out of a log what lies beyond step, and a line that was cut in the middle."""
+    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
+    text = ''.join(line + '\n' for line in kept).encode()
+    write(path, lambda file: file.write(text))
+
+
+def save(run, path):
+    """Write a run's checkpoint under a temporary name, flush, rename: one is always whole."""
+    if run.rank:
+        return
+    content = {
+        'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
+        'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
+        'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
+        'seconds': run.seconds, 'tokens': run.tokens, 'tokenizer': run.tokenizer.spec,
+        'lineage': run.lineage}
+    write(path, lambda file: torch.save(content, file))
+
+
+def restore(run, checkpoint):
+    """Put a run where its checkpoint (nanoGPT's too) was saved; its model is loaded already."""
+    states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
+    states = states if isinstance(states, list) else [states]
+    if len(states) != len(run.optimizers):
+        raise ValueError('--init_from=resume goes on with the optimizers of the checkpoint: '
+                         'leave muon_lr out')
+    for optimizer, state in zip(run.optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+    if checkpoint.get('scaler'):
+        run.scaler.load_state_dict(checkpoint['scaler'])
+    run.step, run.best = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+    run.seconds = checkpoint.get('seconds', 0.0)
+    run.tokens = checkpoint.get('tokens', run.step * step_tokens(run.config))
+    if all_sum(torch.tensor([float(run.step)]))[0] != run.step * run.world:
+        raise ValueError(f'{run.config["out_dir"]}/ckpt.pt differs between processes: copy it to '
+                         'each node')
+
+
+def read_checkpoint(path):
+    """-> the dict in a checkpoint; nothing in the file is executed. ValueError says what to do."""
+    path = Path(path)
+    sibling = path.with_name('best.pt' if path.name == 'ckpt.pt' else 'ckpt.pt')
+    other = f'; {sibling} is there: cp {sibling} {path}' if sibling.exists() else ''
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        runs = ' '.join(sorted({str(p.parent) for p in Path('.').glob('*/*.pt')}))
+        there = f'; there are: {runs}' if runs else ''
+        raise ValueError(f'{path.parent}: no run there{there}') from None
+    except pickle.UnpicklingError as error:
+        if 'GLOBAL' in str(error):
+            raise ValueError(f'{path}: refused, it carries code, not only weights{other}') from None
+        raise ValueError(f'{path}: damaged, or not a checkpoint{other}') from None
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError) as error:
+        why = (str(error) or 'it ends too soon').splitlines()[0][:80]
+        raise ValueError(f'{path}: damaged ({why}){other}') from None
+    if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
+        raise ValueError(f'{path}: not a checkpoint of this program or of nanoGPT')
+    return checkpoint
+
+
+def load_model(source, dropout=0.0):
+    """
+    source: a run's folder (best.pt, else ckpt.pt), a checkpoint's path (nanoGPT's too), gpt2,
+    gpt2-medium ..., or a folder with model.safetensors -> model (fp32, CPU), tokenizer, checkpoint
+    """
+    path = Path(source)
+    if source.startswith('gpt2') or (path / 'model.safetensors').exists():
+        from extras.gpt2 import load_gpt2
+        checkpoint = {'lineage': [{'from': source}], 'model_args': {}}
+        return load_gpt2(source, dropout), Tokenizer({'kind': 'gpt2'}), checkpoint
+    if path.suffix != '.pt':
+        path = path / 'best.pt' if (path / 'best.pt').exists() else path / 'ckpt.pt'
+    checkpoint = read_checkpoint(path)
+    args = checkpoint['model_args']
+    try:
+        if 'norm' not in args:      # nanoGPT's checkpoints know one architecture
+            args = {**GPT2, **args}
+        if args['n_layer'] > len(checkpoint['model']):
+            raise ValueError(f'{args["n_layer"]} layers, {len(checkpoint["model"])} tensors')
+        model = GPT(GPTConfig(**{**args, 'dropout': dropout}))
+        model.load_state_dict({
+            name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
+            if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
+        spec = checkpoint.get('tokenizer') or read_meta(
+            DATA / checkpoint.get('config', {}).get('dataset', ''))['tokenizer']
+        if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
+            raise ValueError('its characters are in the data folder that it was trained on; put '
+                             'its meta.pkl back there')
+        return model, Tokenizer(spec), checkpoint
+    except (LookupError, TypeError, RuntimeError, ValueError, AttributeError,
+            ArithmeticError) as error:
+        raise ValueError(f'{path}: damaged, or of another architecture than this model.py '
+                         f'({str(error).splitlines()[0]})') from None
+
+
+def load_fitting(source, config, meta):
+    """-> a model that fits the data and the settings of a run, and its checkpoint (ValueError)"""
+    model, tokenizer, checkpoint = load_model(source, config['dropout'])
+    dataset, block_size = config['dataset'], config['block_size']
+    if tokenizer.spec != meta['tokenizer'] and not config['dry_run']:
+        raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
+    if config['stage'] not in TEXT_STAGES and model.config.vocab_size < meta['vocab_size']:
+        model = widened(model, meta['vocab_size'])      # GPT-2 knows no chat tokens
+    if block_size > model.config.block_size:
+        raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
+    return model, checkpoint
+
+
+def make_model(config, meta):
+    """-> the model that a run starts with, on the CPU (in a dry run of a new one on no device),
+    and the checkpoint that it comes from ({} if from scratch)"""
+    out_dir, init_from = config['out_dir'], config['init_from']
+    architecture = model_config(config, meta['vocab_size'])
+    if init_from == 'resume' and not Path(out_dir, 'ckpt.pt').exists():
+        if config['stage'] not in TEXT_STAGES:
+            raise ValueError(f'{out_dir}: nothing is saved there yet: leave --init_from=resume out')
+        say(f'{out_dir}: nothing is saved there yet, so this starts from scratch')
+    elif init_from.startswith('gpt2') and config['dry_run']:
+        from extras.gpt2 import config_of
+        architecture = config_of(init_from)
+    elif init_from != 'scratch':
+        source = f'{out_dir}/ckpt.pt' if init_from == 'resume' else init_from
+        return load_fitting(source, config, meta)
+    with torch.device('meta' if config['dry_run'] else 'cpu'):
+        torch.manual_seed(config['seed'])
+        return GPT(architecture), {}
+
+
+def load_reference(run, source):
+    """
+    -> the model that a stage compares with, which does not learn: a teacher, or what this run
+    started from. Its hash is recorded, so that no resumed run goes on with another one.
+    """
+    if source in ('', 'scratch'):
+        raise ValueError(f'--stage={run.config["stage"]} needs a run that has learned something: '
+                         '--init_from= or --teacher=')
+    model, _ = load_fitting(source, run.config, run.meta)
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    if run.lineage[-1].setdefault('frozen', digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(f'{source} is not the model that this run began with')
+    return model.to(run.device).eval()
+
+
+def folder_of(source):
+    """-> a run's folder; source is that, or one of its checkpoints"""
+    return Path(source).parent if source.endswith('.pt') else Path(source)
+
+
+def is_taught(checkpoint):
+    """Whether one of the stages that made this model was about conversations."""
+    return any(entry.get('stage', 'pretrain') not in TEXT_STAGES
+               for entry in checkpoint.get('lineage', []))

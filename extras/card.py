@@ -1,0 +1,100 @@
+"""
+What a run is going to take, before it takes it: printed when a run begins, and by
+
+    python train.py config/train_gpt2.py --dry_run=True --gpus=8xH100 --dollars_per_gpu_hour=3
+"""
+from pathlib import Path
+
+import torch
+
+from data.files import say
+from data.runs import step_tokens
+
+gpus = ''                    # the hours on these, such as 8xH100, instead of on this machine
+share_of_peak = 0.4          # of their FLOP/s that the run is assumed to reach; from 0.01 to 1
+dollars_per_gpu_hour = 0.0   # for the cost; 0: none is printed; at least 0
+
+
+def show(run, origin):
+    """Print the card. origin: {setting: the layer that set it}; the model may be on no device."""
+    c, config, lines = run.model.config, run.config, []
+    flops, tokens = run.model.flops_per_token(config['block_size']), step_tokens(config)
+    weights, state, work = memory(run)
+    total, known = config['max_iters'] * tokens, run.meta['tokens']
+    if run.stage.samples:
+        step = (f'{config["num_prompts"]} questions, {config["num_samples"]} answers of '
+                f'{config["max_new_tokens"]} tokens at most')
+        whole = f'{config["max_iters"] * config["num_prompts"] * config["num_samples"]:,} answers'
+    else:
+        step = (f'{tokens:,} tokens: {config["gradient_accumulation_steps"]} x '
+                f'{config["batch_size"]} rows of {config["block_size"]}')
+        epochs = f'{total / known:.2f} epochs of {known:,} tokens' if known else (
+            'data of unknown length')
+        whole = f'{total:,} tokens, {flops * total:.1e} FLOPs, {epochs}'
+    hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)
+    compiled = config['compile'] or config['compile'] is None and run.device.startswith('cuda')
+    say(f"""{config['stage']} on {config['dataset']} from {config['init_from']}, into \
+{config['out_dir']}
+  model       {parameters(run.model) / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide; \
+{flops / 1e6:.1f} MFLOPs per token
+  a step      {step}
+  the run     {config['max_iters']:,} steps, {whole}
+  memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \
+gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
+  checkpoint  {(4 * parameters(run.model) + state) / 1e6:.1f} MB, and as much for the best one
+  machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={compiled}, \
+{'Muon and AdamW' if hidden else 'AdamW'}""")
+    if gpus and not run.stage.samples:
+        say(f'  {gpus:<10}  {price(flops * total)}')
+    for layer in dict.fromkeys(origin.values()):
+        names = [name for name in origin if origin[name] == layer]
+        lines.append(f'  settings    of {layer}: {", ".join(names)}')
+    say('\n'.join(lines))
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def memory(run):
+    """-> bytes of weights and gradients, of the optimizers' state, of activations"""
+    c, config, size = run.model.config, run.config, 4 if run.dtype == torch.float32 else 2
+    # A token keeps 18 activations of width C in a layer (counted; 16 in GPT-2's) and backward needs
+    # a few more; of its logits there are two in this precision and two in fp32.
+    rows = config['batch_size'] * config['block_size']
+    work = rows * (c.n_layer * 22 * c.n_embd * size + c.table_rows * (2 * size + 8))
+    if run.stage.samples:   # keys and values
+        answers = min(config['rollout_rows'], config['num_prompts'] * config['num_samples'])
+        work += answers * config['block_size'] * size * (
+            2 * c.n_layer * c.n_embd * c.n_kv_head // c.n_head)
+    weights = 8 * parameters(run.model)
+    if run.stage.reference:
+        weights += 4 * reference_parameters(run)
+    hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)
+    return weights, 4 * (2 * parameters(run.model) - sum(p.numel() for p in hidden)), work
+
+
+def reference_parameters(run):
+    """Of the frozen model that the run compares with: this one's, or the teacher's."""
+    folder = Path(run.config.get('teacher', ''))
+    path = next((path for path in (folder, folder / 'best.pt', folder / 'ckpt.pt')
+                 if path.suffix == '.pt' and path.exists()), None)
+    if path is None:
+        return parameters(run.model)
+    tensors = torch.load(path, mmap=True, map_location='cpu', weights_only=True)['model']
+    return sum(p.numel() for p in {p.data_ptr(): p for p in tensors.values()}.values())
+
+
+def price(flops):
+    """-> hours, and dollars, of so many FLOPs on `gpus`"""
+    from extras.machine import gpu_flops
+    count, _, name = gpus.partition('x') if gpus[:1].isdigit() else ('1', '', gpus)
+    peak = gpu_flops(name) if count.isdigit() and int(count) else None
+    if not peak:
+        raise ValueError(f'--gpus={gpus}: write a number and a GPU of extras/machine.py: 8xH100')
+    hours = flops / (int(count) * peak * share_of_peak) / 3600
+    text = (f'{hours:,.1f} hours at {share_of_peak:.0%} of the peak of '
+            f'{peak / 1e12:,.0f} TFLOP/s each (an assumption: --share_of_peak=)')
+    if dollars_per_gpu_hour:
+        text += f', {hours * int(count) * dollars_per_gpu_hour:,.0f} dollars'
+    return text
