@@ -64,6 +64,12 @@ def coerce(value, kind):
     raise ValueError(value)
 
 
+def range_of(comment):
+    """'...; from 0 to 1' -> (0.0, 1.0), '...; at least 1' -> (1.0, inf), others -> None"""
+    found = re.search(r'(?:at least|from) (\S+?)(?: to (\S+))?$', comment)
+    return found and (float(found[1]), float(found[2] or 'inf'))
+
+
 def run_file(path, values):
     """Run a config file over the values so far. -> {name: value} of those it changed"""
     if not Path(path).is_file():
@@ -87,7 +93,6 @@ def lay(layers, sources):
         settings.update(read_settings(source))
     for layer, name, value in layers:
         kind, comment = settings.get(name, (None, ''))
-        bounds = re.search(r'(?:at least|from) (\S+?)(?: to (\S+))?$', comment)
         try:
             values[name] = coerce(value, kind) if kind else value
             if kind is None:
@@ -96,8 +101,8 @@ def lay(layers, sources):
                 meant = (f'that is now: python -m {moved}; see its --help' if moved else
                          f'did you mean {near[0]}?' if near else 'see --help, --stage=rl --help ...')
                 problems.append(f'{layer}: {name}: no such setting; {meant}')
-            elif bounds and not float(bounds[1]) <= values[name] <= float(bounds[2] or 'inf'):
-                problems.append(f'{layer}: {name}={value}: must be {bounds[0]}')
+            elif (bounds := range_of(comment)) and not bounds[0] <= values[name] <= bounds[1]:
+                problems.append(f'{layer}: {name}={value}: must be {comment.rpartition("; ")[2]}')
         except (TypeError, ValueError, OverflowError):
             problems.append(f'{layer}: {name}={value!r} is not of type {kind.__name__}')
     return values, problems

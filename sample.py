@@ -4,9 +4,8 @@ The one decoding loop: weights in, text out.
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 
-A row's context is at most block_size tokens. A longer prompt is cut to its last block_size tokens;
-when a row has filled the window, its later half becomes the new context and is read again, so a
-sample can be of any length. From then on it fills and slides again every block_size / 2 tokens.
+A row's context is at most block_size tokens: of a longer prompt its last ones. When a row has filled
+that window, its later half is read again as the new context, so a sample can be of any length.
 """
 import copy
 import os
@@ -34,9 +33,9 @@ dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 compile = False         # torch.compile the model
 
 
-MOVED = {   # what was a setting here once, and the program that does it now
-    'chat': 'extras.chat', 'votes': 'extras.chat', 'serve': 'extras.serve', 'write':
-    'extras.write_answers', 'task': 'extras.evaluate', 'quantize': 'extras.int8'}
+MOVED = {   # settings of old, and the programs that do it now
+    'chat': 'extras.chat', 'votes': 'extras.chat', 'serve': 'extras.serve',
+    'task': 'extras.evaluate', 'quantize': 'extras.int8', 'write': 'extras.write_answers'}
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class KVCache:
         self.block_size = config.block_size     # and one slot more, which padding is written to
         shape = (config.n_layer, rows, config.block_size + 1, config.n_kv_head,
                  config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv')
         self.pos = torch.zeros(rows, device=device, dtype=torch.long)           # tokens held
         self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)    # the last ids
         self.row = torch.arange(rows, device=device)[:, None]
@@ -183,10 +181,6 @@ class Row:
     slid: bool = False      # whether these no longer begin with the prompt
 
 
-SHORT = 16  # so many tokens, as of a tool's result, are read one by one beside the other rows:
-            # a pass of their own would make all the others wait
-
-
 @torch.inference_mode()
 def decode(model, requests, rows):
     """
@@ -210,8 +204,7 @@ def decode(model, requests, rows):
             yield None
         for i, row in enumerate(live):
             share_prompt(live, i, cache)
-            alone = row.held == 0 or len(live) == 1     # a prompt, or no other row would wait
-            if len(row.pending) > (1 if alone else SHORT):
+            if len(row.pending) > 1 and row.held == 0:      # a prompt is read in one pass
                 yield from step(model, cache, live, i, i + 1)
         if any(row.pending for row in live):
             yield from step(model, cache, live, 0, len(live) if cache.k.is_cpu else rows)
@@ -309,17 +302,12 @@ def generate(model, prompts, max_new_tokens, sampling=Sampling(), seed=0, **how)
     return [request.ids for request in requests]
 
 
-def open_model(source, device='auto', dtype='auto', quantize=''):
+def open_model(source, device='auto', dtype='auto'):
     """-> model ready for decode(): on its device, in its precision; tokenizer, checkpoint"""
     torch.set_float32_matmul_precision('high')
     device = auto_device(device)
     model, tokenizer, checkpoint = load_model(source)
     model.to(device, auto_dtype(dtype, device)).eval()
-    if quantize == 'int8':
-        from extras.int8 import quantize_model
-        quantize_model(model)
-    elif quantize:
-        raise ValueError(f'--quantize={quantize}: choose int8')
     if row_linear := extra('row_linear'):
         row_linear.use_row_linears(model)
     return model, tokenizer, checkpoint
@@ -335,13 +323,13 @@ def read_prompt(tokenizer, model):
     return text, prompt
 
 
-def main(quantize=''):
-    """Print num_samples texts, the first as it is written."""
-    usual = Sampling(temperature=0.8, top_k=200)
-    config, _ = configure(globals(), others=lambda values: [usual])
+def main(transform=lambda model: model):
+    """Print num_samples texts, the first as it is written. transform: what is done to the model"""
+    config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8, top_k=200)])
     try:
         source = out_dir if init_from == 'resume' else init_from
-        model, tokenizer, _ = open_model(source, device, dtype, quantize)
+        model, tokenizer, _ = open_model(source, device, dtype)
+        model = transform(model)
         text, prompt = read_prompt(tokenizer, model)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
@@ -357,12 +345,9 @@ def main(quantize=''):
     seconds = time.perf_counter() - began
     print('\n---------------')
     for request in requests[1:]:
-        print(text + tokenizer.text(request.ids) + '\n---------------')
-    lengths, report = [len(request.ids) for request in requests], ''
+        print(text + tokenizer.transcript(request.ids) + '\n---------------')
     if machine := extra('machine'):
-        share = machine.bandwidth_share(model, seconds / max(lengths))
-        report = f'; reading weights takes {share:.0%} of the memory bandwidth'
-    print(f'{sum(lengths) / seconds:.1f} tokens/s in {num_samples} rows{report}', file=sys.stderr)
+        print(machine.decoding_speed(model, requests, seconds), file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -360,7 +360,7 @@ def make_run(config):
     begun = {'stage': stage, 'dataset': dataset, 'init_from': init_from, 'data': meta['hashes']}
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,
-        data=data, meta=meta, tokenizer=Tokenizer(meta['tokenizer']), model=model, network=network,
+        data=data, meta=meta, tokenizer=None if dry_run else Tokenizer(meta['tokenizer']), model=model, network=network,
         optimizers=model.configure_optimizers(
             weight_decay, learning_rate, (beta1, beta2), muon_lr,
             torch.bfloat16 if precision == torch.bfloat16 else torch.float32),

@@ -181,7 +181,7 @@ def load_model(source, dropout=0.0):
     gpt2-medium ..., or a folder with model.safetensors -> model (fp32, CPU), tokenizer, checkpoint
     """
     path = Path(source)
-    if source.startswith('gpt2') or (path / 'model.safetensors').exists():
+    if str(source).startswith('gpt2') or (path / 'model.safetensors').exists():
         from extras.gpt2 import load_gpt2
         checkpoint = {'lineage': [{'from': source}], 'model_args': {}}
         return load_gpt2(source, dropout), Tokenizer({'kind': 'gpt2'}), checkpoint

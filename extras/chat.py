@@ -94,7 +94,10 @@ def print_vote(requests, tokenizer):
 def main():
     config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8, top_k=200)])
     try:
-        model, tokenizer, checkpoint = open_model(out_dir, device, dtype, quantize)
+        model, tokenizer, checkpoint = open_model(out_dir, device, dtype)
+        if quantize:
+            from extras.int8 import quantize_model
+            quantize_model(model, quantize)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     chat(model, tokenizer, is_taught(checkpoint), Sampling.of(config))

@@ -59,7 +59,10 @@ def main():
         runs = [run for run in runs if (folder_of(run) / 'log.jsonl').exists()] + [out_dir]
         width = max(map(len, [*runs, f'{num_examples} questions']))
         for folder in runs:
-            model, tokenizer, _ = open_model(folder, device, dtype, quantize)
+            model, tokenizer, _ = open_model(folder, device, dtype)
+            if quantize:
+                from extras.int8 import quantize_model
+                quantize_model(model, quantize)
             if folder != out_dir and not has_chat_tokens(model, tokenizer):
                 continue    # GPT-2's tokens, before a stage gave it those of a chat
             table[folder] = evaluate(model, tokenizer, questions)

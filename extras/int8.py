@@ -56,8 +56,10 @@ def packed_for_cpu(weight, scale):
         return torch.ops.quantized.linear_prepack(weight, None)
 
 
-def quantize_model(model):
+def quantize_model(model, kind='int8'):
     """Replace the Linears of a model by Int8Linears; tables that are looked up stay as they are."""
+    if kind != 'int8':
+        raise ValueError(f'--quantize={kind}: choose int8')
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):
@@ -67,4 +69,4 @@ def quantize_model(model):
 
 if __name__ == '__main__':
     import sample
-    sample.main(quantize='int8')
+    sample.main(quantize_model)

@@ -46,6 +46,14 @@ def read_bandwidth(device):
     return block.nbytes / min(seconds)
 
 
+def decoding_speed(model, requests, seconds):
+    """-> a line: tokens/s of requests decoded side by side, and the share of the bandwidth"""
+    lengths = [len(request.ids) for request in requests]
+    share = bandwidth_share(model, seconds / max(lengths))
+    return (f'{sum(lengths) / seconds:.1f} tokens/s in {len(requests)} rows; reading weights takes '
+            f'{share:.0%} of the memory bandwidth')
+
+
 def bandwidth_share(model, seconds):
     """The share of the memory bandwidth that reading a model's weights in these seconds takes."""
     return weight_bytes(model) / seconds / read_bandwidth(str(model.transformer.wte.weight.device))

@@ -1,42 +1,70 @@
 """
-The chat page and the OpenAI-shaped API behind `sample.py --serve=True`.
+A chat page (chat.html) and an API like OpenAI's, for many clients at once.
 
-The standard library's server: nothing to install, and a thread for each of a few dozen clients is
-cheap beside a model. All of them leave their requests at one Desk, which feeds the decoding loop.
+    pip install starlette uvicorn
+    python -m extras.serve --out_dir=out-arithmetic-rl
+
+Starlette and uvicorn speak HTTP; the clients' requests wait in one RequestQueue, which feeds the
+decoding loop in a thread of its own.
 """
+import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import json
-import queue
+import socket
 import sys
 import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from data.tokenizer import Voice
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.responses import FileResponse, JSONResponse, StreamingResponse
+    from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise SystemExit(f'{error}: pip install starlette uvicorn') from None
+
+from configurator import configure, range_of, read_settings
+from data.runs import is_taught
+from data.tokenizer import Detokenizer
 from data.tools import calculator, calls_in
-from sample import Request, fit, is_taught
+from sample import Request, Sampling, decode, open_model
+
+out_dir = 'out'         # the run to serve; gpt2 or another source of sample.py's --init_from
+host = '127.0.0.1'      # 0.0.0.0 lets other machines in
+port = 8000             # 0: any that is free; from 0 to 65535
+rows = 16               # requests that decode at a time; at least 1
+queue_limit = 64        # requests that may wait for a row; more are answered with 429; at least 1
+tools = True            # with the calculator, in chats
+quantize = ''           # int8: weights of a byte each (extras/int8.py)
+device = 'auto'         # cuda, cuda:1, mps or cpu
+dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 
 PAGE = Path(__file__).with_name('chat.html')
 MOST_BYTES = 2 ** 20        # of a request's body
-MOST_SECONDS = 30           # for a client to send what it announced, or to take what it asked for
+MOST_SECONDS = 30           # for a client to send a request
 MOST_CLIENTS = 256          # connected at a time
 
 # What each field must be; None is always allowed and means the default.
 FIELDS = {
     'model': (str, None), 'prompt': ((str, list), '\n'), 'messages': (list, None),
-    'max_tokens': (int, None), 'max_completion_tokens': (int, None), 'temperature': (float, 1.0),
-    'top_p': (float, 1.0), 'top_k': (int, 0), 'n': (int, 1), 'seed': (int, None),
-    'stop': ((str, list), None), 'stream': (bool, False), 'stream_options': (dict, None),
-    'echo': (bool, False), 'logprobs': ((int, bool), None)}
-LIMITS = {'max_tokens': (0, 100_000), 'max_completion_tokens': (1, 100_000), 'temperature': (0, 2),
-          'top_p': (1e-6, 1), 'top_k': (0, 10 ** 6), 'n': (1, 16), 'seed': (0, 2 ** 63 - 1),
-          'logprobs': (0, 20)}
+    'max_tokens': (int, None), 'max_completion_tokens': (int, None), 'n': (int, 1),
+    'seed': (int, None), 'stop': ((str, list), None), 'stream': (bool, False),
+    'stream_options': (dict, None), 'echo': (bool, False), 'logprobs': ((int, bool), None),
+    **{f.name: (f.type, f.default) for f in fields(Sampling)}}
+LIMITS = {'max_tokens': (0, 100_000), 'max_completion_tokens': (1, 100_000), 'n': (1, 16),
+          'seed': (0, 2 ** 63 - 1), 'logprobs': (0, 20), 'temperature': (0, 2)}
+LIMITS = {name: range_of(text) for name, (_, text) in read_settings(Sampling).items()} | LIMITS
 
 
 class Refusal(Exception):
@@ -51,7 +79,7 @@ class Refusal(Exception):
 
 
 def read(body, chat):
-    """The bytes of a request -> its fields, every one there and of its type. Raises Refusal."""
+    """The bytes of a request -> all fields, each of its type. Raises Refusal."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
@@ -60,7 +88,7 @@ def read(body, chat):
         raise Refusal('the body is not a JSON object')
     fields = {name: default for name, (_, default) in FIELDS.items()}
     for name, value in asked.items():
-        if value is None or name not in FIELDS:     # clients send more than a small server knows
+        if value is None or name not in FIELDS:     # clients send more fields than a small server knows
             continue
         kinds = FIELDS[name][0] if isinstance(FIELDS[name][0], tuple) else (FIELDS[name][0],)
         number = isinstance(value, int) and not isinstance(value, bool)
@@ -155,8 +183,8 @@ def event(body):
     return b'data: ' + json.dumps(body).encode() + b'\n\n'
 
 
-class Served:
-    """A model as a server sees it: texts and conversations become prompts and Requests."""
+class Endpoint:
+    """What is served: a model, to which texts and conversations come as prompts of Requests."""
 
     def __init__(self, model, tokenizer, checkpoint, name, tools=True):
         self.model, self.tokenizer, self.name = model, tokenizer, name
@@ -185,11 +213,11 @@ class Served:
                                         if message['role'] == 'assistant' else message])[0][1:]
                  for message in messages]
         room = self.window - self.window // 2
-        return fit(self.tokenizer, turns if system else [[], *turns], room)[0]
+        return self.tokenizer.fit(turns if system else [[], *turns], room)[0]
 
     def request(self, prompt, most, fields, seed, chat):
-        return Request(prompt, most, fields['temperature'], fields['top_k'], fields['top_p'], seed,
-                       self.ends, self.tool if chat else None)
+        return Request(prompt, most, Sampling.of(fields), seed, self.ends,
+                       self.tool if chat else None)
 
     @torch.inference_mode()
     def scores(self, ids):
@@ -223,14 +251,15 @@ class Served:
             for token, value, others in zip(tokens, values, best, strict=True)]}
 
 
-class Desk:
-    """Where the threads of a server leave their requests for the one decoding loop."""
+class RequestQueue:
+    """Where clients leave their requests for the one decoding loop, which runs in a thread."""
 
     def __init__(self, decode, limit):
         self.decode, self.limit = decode, limit     # an iterator of Requests -> those at work
         self.waiting, self.live, self.changed = collections.deque(), [], threading.Condition()
-        self.scoring = threading.Lock()     # one text at a time: it takes memory
         self.open = True
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
 
     def put(self, requests):
         with self.changed:
@@ -245,10 +274,13 @@ class Desk:
         with self.changed:
             self.open = False
             for request in [*self.live, *self.waiting]:
-                request.cancelled = True
+                request.cancelled, request.reason = True, request.reason or 'error'
+                request.wake()
             self.changed.notify()
+        self.thread.join()
 
     def source(self):
+        """The decoding loop's iterator of requests; it gives None when there are none."""
         while self.open:
             with self.changed:
                 request = self.waiting.popleft() if self.waiting else None
@@ -258,7 +290,7 @@ class Desk:
                 yield request
 
     def run(self):
-        """The decoding thread's life. An error in it ends the requests it had, not the server."""
+        """The thread's life. An error while decoding ends the requests it had, not the server."""
         while self.open:
             try:
                 for request in self.decode(self.source()):
@@ -270,7 +302,7 @@ class Desk:
                         continue
                     if request.reason:
                         self.live.remove(request)
-                    request.news.put(request)
+                    request.wake()
             except Exception as error:
                 print(f'decoding failed: {type(error).__name__}: {error}', file=sys.stderr)
                 with self.changed:
@@ -278,247 +310,257 @@ class Desk:
                     self.waiting.clear()
                 for request in lost:
                     request.reason = 'error'
-                    request.news.put(request)
+                    request.wake()
                 time.sleep(0.1)     # if it fails at once and always, let it not spin
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One client's connection. model, desk and local are its Server's."""
-    protocol_version = 'HTTP/1.1'
-    timeout = MOST_SECONDS
+def requests_of(endpoint, values, chat, limit):
+    """The fields of a body -> Requests. Refusal for what cannot be answered."""
+    try:
+        prompts = ([endpoint.conversation(values['messages'])] if chat
+                   else [endpoint.encode(prompt) for prompt in values['prompt']])
+    except ValueError as error:     # a character or an id that the model never saw
+        raise Refusal(str(error)) from None
+    for ids in prompts:
+        if len(ids) > endpoint.window:
+            raise Refusal(f'the prompt has {len(ids)} tokens; this model sees {endpoint.window}',
+                          param='messages' if chat else 'prompt')
+    if values['stream'] and (values['echo'] or values['logprobs'] is not None):
+        raise Refusal('echo and logprobs are not given in a stream')
+    most = values['max_completion_tokens'] or values['max_tokens']
+    if most is None:
+        most = max(1, endpoint.window - len(prompts[0])) if chat and endpoint.taught else (
+            endpoint.window // 2 if chat else 16)
+    if len(prompts) * values['n'] > limit:
+        raise Refusal(f'more than {limit} answers at once')
+    first = values['seed'] if values['seed'] is not None else time.time_ns() % 2 ** 32
+    requests = [endpoint.request(prompt, most, values, first + i, chat)
+                for prompt in prompts for i in range(values['n'])]
+    for request in requests:
+        request.detokenizer = Detokenizer(endpoint.tokenizer, values['stop'])
+        request.final = []
+        request.reason = '' if most else 'length'   # to score a prompt
+    return requests
 
-    def do_GET(self):
-        self.guarded(self.get)
 
-    def do_POST(self):
-        self.guarded(self.post)
-
-    def guarded(self, action):
-        """Answer; whatever goes wrong becomes an error of OpenAI's shape, or a freed row."""
-        self.started = False
-        try:
-            self.check_origin()
-            action()
-        except Refusal as refusal:
-            self.send(refusal.status, refusal.body)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-        except Exception as error:
-            print(f'{self.path}: {type(error).__name__}: {error}', file=sys.stderr)
-            self.send(500, Refusal('the server failed', 500).body)
-
-    def check_origin(self):
-        """Another host's page must not drive a model here (nor rebind its name to this machine)."""
-        host = self.headers.get('Host', '')
-        name = host.rsplit(':', 1)[0] if not host.endswith(']') else host
-        if self.local and name not in ('127.0.0.1', 'localhost', '[::1]'):
-            raise Refusal(f'this server answers to localhost, not to {host!r}', 403)
-        origin = self.headers.get('Origin')
-        if origin is not None and origin.split('://')[-1] != host:
-            raise Refusal(f'a page from {origin!r} may not use this server', 403)
-
-    def send(self, status, body, kind='application/json'):
-        data = json.dumps(body).encode() if kind == 'application/json' else body
-        try:
-            if self.started:    # a stream is under way: it is too late for a status
-                self.wfile.write(event(body))
-                return
-            self.send_response(status)
-            self.send_header('Content-Type', kind)
-            self.send_header('Content-Length', str(len(data)))
-            self.send_header('X-Content-Type-Options', 'nosniff')
-            if status != 200:       # what it sent may not have been read
-                self.close_connection = True
-                self.send_header('Connection', 'close')
-            self.end_headers()
-            self.wfile.write(data)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-
-    def get(self):
-        path = self.path.split('?')[0]
-        if path == '/':
-            self.send(200, PAGE.read_bytes(), 'text/html; charset=utf-8')
-        elif path == '/v1/models':
-            self.send(200, {'object': 'list', 'data': [{
-                'id': self.model.name, 'object': 'model', 'created': 0, 'owned_by': 'oneloop',
-                'chat': self.model.taught, 'window': self.model.window}]})
-        else:
-            raise Refusal(f'there is no {path}', 404)
-
-    def post(self):
-        paths = {'/v1/completions': False, '/v1/chat/completions': True}
-        if self.path not in paths:
-            raise Refusal(f'there is no {self.path}', 404)
-        kind = self.headers.get('Content-Type', '').split(';')[0].strip()
-        if kind != 'application/json':      # a form of another page could send anything else
-            raise Refusal('the Content-Type must be application/json', 415)
-        size = self.headers.get('Content-Length', '')
-        if not (size.isascii() and size.isdigit()):
-            raise Refusal('a Content-Length is needed', 411)
-        size = int(size) if len(size) < 10 else 10 ** 9
-        body = self.take(min(size, 4 * MOST_BYTES))     # one that is answered unread sees no answer
-        if size > MOST_BYTES:
-            raise Refusal(f'the body is larger than {MOST_BYTES} bytes', 413)
-        self.answer(read(body, paths[self.path]), paths[self.path])
-
-    def take(self, size):
-        """-> so many bytes of the body. ConnectionError if they do not come in time."""
-        pieces, left, deadline = [], size, time.monotonic() + self.timeout
-        while left:
-            pieces.append(self.rfile.read1(left))
-            left -= len(pieces[-1])
-            if not pieces[-1] or time.monotonic() > deadline:
-                raise ConnectionError('it left, or is too slow, before it had sent its body')
-        return b''.join(pieces)
-
-    def answer(self, fields, chat):
-        model, news = self.model, queue.SimpleQueue()
-        try:
-            prompts = ([model.conversation(fields['messages'])] if chat
-                       else [model.encode(prompt) for prompt in fields['prompt']])
-        except ValueError as error:     # a character or an id that the model never saw
-            raise Refusal(str(error)) from None
-        for ids in prompts:
-            if len(ids) > model.window:
-                raise Refusal(f'the prompt has {len(ids)} tokens; this model sees {model.window}',
-                              param='messages' if chat else 'prompt')
-        if fields['stream'] and (fields['echo'] or fields['logprobs'] is not None):
-            raise Refusal('echo and logprobs are not given in a stream')
-        most = fields['max_completion_tokens'] or fields['max_tokens']
-        if most is None:
-            most = max(1, model.window - len(prompts[0])) if chat and model.taught else (
-                model.window // 2 if chat else 16)
-        if len(prompts) * fields['n'] > self.desk.limit:
-            raise Refusal(f'more than {self.desk.limit} answers at once')
-        first = fields['seed'] if fields['seed'] is not None else time.time_ns() % 2 ** 32
-        requests = [model.request(prompt, most, fields, first + i, chat)
-                    for prompt in prompts for i in range(fields['n'])]
-        for request in requests:
-            request.news, request.voice = news, Voice(model.tokenizer, fields['stop'])
-            request.final = []
-            if most == 0:       # to score a prompt
-                request.reason = 'length'
-        self.desk.put([request for request in requests if not request.reason])
-        try:
-            (self.stream if fields['stream'] else self.whole)(requests, news, fields, chat)
-        finally:
-            for request in requests:
-                request.cancelled = True
-
-    def heard(self, requests, news):
-        """Yields (request, new text), until all have ended. A client that leaves is an error."""
-        left = {request for request in requests if not request.reason}
-        while left:
-            try:
-                request = news.get(timeout=0.5)
-            except queue.Empty:
-                request = None
-            self.check_presence()
-            if request not in left:
-                continue
-            if request.reason == 'error':
+async def pieces(requests, changed, http=None):
+    """Yields (request, new text) until all have ended, or the client of http (a stream's client is
+    watched by Starlette) has left. changed: an Event set when they have more"""
+    left = [request for request in requests if not request.reason]
+    while left:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(changed.wait(), 0.5)
+        changed.clear()
+        if http and await http.is_disconnected():
+            return
+        for request in list(left):
+            reason, ids = request.reason, list(request.ids)     # in this order: the loop is ahead
+            if reason == 'error':
                 raise Refusal('decoding failed', 500)
-            ended = bool(request.reason)
-            piece = request.voice.hear(list(request.ids), last=ended)
-            if ended or request.voice.stopped:
+            piece = request.detokenizer.push(ids, last=bool(reason))
+            if reason or request.detokenizer.stopped:
                 request.cancelled = True
-                request.final = list(request.ids)[:request.voice.seen]  # the loop may be ahead
+                request.final = ids
                 left.remove(request)
             yield request, piece
 
-    def check_presence(self):
-        """Raise ConnectionError once the client has gone, so that its row is freed."""
+
+def cancel(requests):
+    for request in requests:
+        request.cancelled = True
+
+
+def finish_reason(request):
+    if request.detokenizer.stopped or request.reason == 'end':
+        return 'stop'
+    return 'length' if request.reason == 'length' else None
+
+
+def token_counts(requests, values):
+    return (sum(len(request.prompt) for request in requests[::values['n']]),
+            sum(len(request.final) for request in requests))
+
+
+class Api:
+    """The HTTP side: routes, and what a client sends and gets."""
+
+    def __init__(self, endpoint, queue, local):
+        self.endpoint, self.queue, self.local = endpoint, queue, local
+        self.scoring = asyncio.Lock()       # one text at a time: it takes memory
+        self.app = Starlette(
+            routes=[Route('/', self.page), Route('/v1/models', self.models),
+                    Route('/v1/completions', self.complete, methods=['POST']),
+                    Route('/v1/chat/completions', self.complete, methods=['POST'])],
+            exception_handlers={Exception: self.refuse, Refusal: self.refuse,
+                                HTTPException: self.refuse})
+
+    async def refuse(self, http, error):
+        if isinstance(error, HTTPException):
+            error = Refusal(f'there is no {http.method} {http.url.path}', error.status_code)
+        elif not isinstance(error, Refusal):
+            error = Refusal('the server failed', 500)
+        return JSONResponse(error.body, error.status, {'Connection': 'close'})
+
+    def check_origin(self, http):
+        """Another host's page must not drive a model here (nor rebind its name to this machine)."""
+        host = http.headers.get('host', '')
+        name = host.rsplit(':', 1)[0] if not host.endswith(']') else host
+        if self.local and name not in ('127.0.0.1', 'localhost', '[::1]'):
+            raise Refusal(f'this server answers to localhost, not to {host!r}', 403)
+        origin = http.headers.get('origin')
+        if origin is not None and origin.split('://')[-1] != host:
+            raise Refusal(f'a page from {origin!r} may not use this server', 403)
+
+    async def page(self, http):
+        self.check_origin(http)
+        return FileResponse(PAGE, headers={'X-Content-Type-Options': 'nosniff'})
+
+    async def models(self, http):
+        self.check_origin(http)
+        return JSONResponse({'object': 'list', 'data': [{
+            'id': self.endpoint.name, 'object': 'model', 'created': 0, 'owned_by': 'oneloop',
+            'chat': self.endpoint.taught, 'window': self.endpoint.window}]})
+
+    async def complete(self, http):
+        self.check_origin(http)
+        chat = 'chat' in http.url.path
+        kind = http.headers.get('content-type', '').split(';')[0].strip()
+        if kind != 'application/json':      # a form of another page could send anything else
+            raise Refusal('the Content-Type must be application/json', 415)
         try:
-            self.connection.setblocking(False)
-            if self.connection.recv(4096) == b'':
-                raise ConnectionError('it left')
-            self.close_connection = True    # it talks while it is answered: what it says is lost
-        except BlockingIOError:
-            pass
+            body = await asyncio.wait_for(read_body(http), MOST_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refusal('the body did not come in time', 408) from None
+        values, loop, changed = read(body, chat), asyncio.get_running_loop(), asyncio.Event()
+        requests = requests_of(self.endpoint, values, chat, self.queue.limit)
+        for request in requests:
+            request.wake = functools.partial(loop.call_soon_threadsafe, changed.set)
+        self.queue.put([request for request in requests if not request.reason])
+        if values['stream']:
+            return StreamingResponse(self.stream(requests, changed, values, chat),
+                                     media_type='text/event-stream',
+                                     headers={'Cache-Control': 'no-store', 'Connection': 'close'})
+        try:
+            async for _ in pieces(requests, changed, http):
+                pass
+            return JSONResponse(await self.whole(requests, values, chat))
         finally:
-            self.connection.settimeout(self.timeout)
+            cancel(requests)
 
-    def finish_of(self, request):
-        if request.voice.stopped or request.reason == 'end':
-            return 'stop'
-        return 'length' if request.reason == 'length' else None
-
-    def whole(self, requests, news, fields, chat):
-        for _ in self.heard(requests, news):
-            pass
-        reply, choices = Reply(self.model.name, chat, stream=False), []
+    async def whole(self, requests, values, chat):
+        """-> the body of a reply that is no stream"""
+        reply, choices = Reply(self.endpoint.name, chat, stream=False), []
         for i, request in enumerate(requests):
-            text = request.voice.text
-            if fields['echo']:
-                text = self.model.tokenizer.decode(request.prompt) + text
-            logprobs = None
-            if fields['logprobs'] is not None:
-                top = fields['logprobs']
-                with self.desk.scoring:
-                    logprobs = self.model.logprobs(request.prompt, request.final, fields['echo'],
-                                                   top, chat)
-            choices.append(reply.choice(i, text, self.finish_of(request), logprobs))
-        read = sum(len(request.prompt) for request in requests[::fields['n']])
-        self.send(200, reply.body(choices, read, sum(len(request.final) for request in requests)))
+            text, logprobs = request.detokenizer.text, None
+            if values['echo']:
+                text = self.endpoint.tokenizer.decode(request.prompt) + text
+            if values['logprobs'] is not None:
+                async with self.scoring:
+                    logprobs = await run_in_threadpool(
+                        self.endpoint.logprobs, request.prompt, request.final, values['echo'],
+                        values['logprobs'], chat)
+            choices.append(reply.choice(i, text, finish_reason(request), logprobs))
+        return reply.body(choices, *token_counts(requests, values))
 
-    def stream(self, requests, news, fields, chat):
-        reply = Reply(self.model.name, chat, stream=True)
-        self.send_response(200)
-        self.send_header('Content-Type', 'text/event-stream')
-        self.send_header('Cache-Control', 'no-store')
-        self.send_header('Connection', 'close')
-        self.end_headers()
-        self.started = self.close_connection = True
-        for request, piece in self.heard(requests, news):
-            reason = self.finish_of(request)
-            if piece or reason:
-                choice = reply.choice(requests.index(request), piece, reason)
-                self.wfile.write(event(reply.body([choice])))
-        if (fields['stream_options'] or {}).get('include_usage'):
-            written = sum(len(request.final) for request in requests)
-            read = sum(len(request.prompt) for request in requests[::fields['n']])
-            self.wfile.write(event(reply.body([], read, written)))
-        self.wfile.write(b'data: [DONE]\n\n')
-
-    def log_message(self, *_):
-        pass
+    async def stream(self, requests, changed, values, chat):
+        """Yields server-sent events. Starlette closes this generator when the client leaves."""
+        reply = Reply(self.endpoint.name, chat, stream=True)
+        try:
+            async for request, piece in pieces(requests, changed):
+                reason = finish_reason(request)
+                if piece or reason:
+                    choice = reply.choice(requests.index(request), piece, reason)
+                    yield event(reply.body([choice]))
+            if (values['stream_options'] or {}).get('include_usage'):
+                yield event(reply.body([], *token_counts(requests, values)))
+            yield b'data: [DONE]\n\n'
+        except Refusal as refusal:      # it is too late for a status
+            yield event(refusal.body)
+        finally:
+            cancel(requests)
 
 
-class Server(ThreadingHTTPServer):
+async def read_body(http):
+    """-> the bytes of a body; one that is too large is read on for a while, so that its client
+    sees the answer"""
+    body, size = [], 0
+    async for chunk in http.stream():
+        size += len(chunk)
+        body += [chunk] if size <= MOST_BYTES else []
+        if size > 4 * MOST_BYTES:
+            break
+    if size > MOST_BYTES:
+        raise Refusal(f'the body is larger than {MOST_BYTES} bytes', 413)
+    return b''.join(body)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's HTTP, but a connection on which no request comes is closed."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.loop.call_later(MOST_SECONDS, self.check, None)
+
+    def check(self, last):
+        if self.cycle is last and (last is None or last.response_complete):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(MOST_SECONDS, self.check, self.cycle)
+
+
+class Server:
     """
-    Serves as soon as it is made; leave it as a context to stop. model: a Served. decode: an
-    iterator of Requests -> those at work, in a thread of its own.
+    An Endpoint at http://host:port, until run() ends by Ctrl-C or, if it was made as a context and
+    runs in a thread, the context ends. decode: an iterator of Requests -> those at work.
     """
-    daemon_threads = True
-    request_queue_size = 128    # clients that may knock at the same moment
 
-    def __init__(self, model, decode, host, port, limit):
-        self.desk = Desk(decode, limit)
-        known = {'model': model, 'desk': self.desk, 'local': host in ('127.0.0.1', 'localhost')}
-        super().__init__((host, port), type('', (Handler,), known))
-        self.threads = []
-        for work in self.desk.run, self.serve_forever:
-            self.threads.append(threading.Thread(target=work))
-            self.threads[-1].start()
+    def __init__(self, endpoint, decode, host, port, limit):
+        family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        self.socket = socket.create_server((host, port), family=family, backlog=128)
+        self.server_port = self.socket.getsockname()[1]
+        self.queue = RequestQueue(decode, limit)
+        api = Api(endpoint, self.queue, host in ('127.0.0.1', 'localhost', '::1'))
+        self.http = uvicorn.Server(uvicorn.Config(
+            api.app, http=Protocol, log_level='critical', limit_concurrency=MOST_CLIENTS,
+            lifespan='off', timeout_graceful_shutdown=2))
+
+    def run(self):
+        try:
+            self.http.run(sockets=[self.socket])
+        finally:
+            self.queue.close()
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        while not self.http.started:
+            time.sleep(0.01)
+        return self
 
     def __exit__(self, *_):
-        self.desk.close()
-        self.shutdown()
-        for thread in self.threads:
-            thread.join()
-        self.server_close()
-
-    def verify_request(self, request, client_address):
-        return threading.active_count() < MOST_CLIENTS
-
-    def handle_error(self, request, client_address):
-        pass    # a connection that broke: the others do not care
+        self.http.should_exit = True
+        self.thread.join()
 
 
-def serve(model, decode, host, port, limit):
-    """Serve until Ctrl-C."""
-    with Server(model, decode, host, port, limit) as server:
-        print(f'http://{host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+def main():
+    configure(globals())
+    try:
+        model, tokenizer, checkpoint = open_model(out_dir, device, dtype)
+        if quantize:
+            from extras.int8 import quantize_model
+            quantize_model(model, quantize)
+        endpoint = Endpoint(model, tokenizer, checkpoint, Path(out_dir).name, tools)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    try:
+        server = Server(endpoint, lambda source: decode(model, source, rows), host, port,
+                        queue_limit)
+    except OSError as error:
+        sys.exit(f'--host={host} --port={port}: {error.strerror or error}; try --port=0')
+    print(f'http://{host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+
+
+if __name__ == '__main__':
+    main()

@@ -26,24 +26,19 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets.serve import Served, Server  # noqa: E402
-from configurator import configure, read_settings  # noqa: E402
-from data.files import DATA, Tokens, task_of  # noqa: E402
+from configurator import auto_device, configure, read_settings  # noqa: E402
+from data import tasks  # noqa: E402
+from data.files import DATA, Tokens  # noqa: E402
+from data.runs import load_model  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from extras.gpt2 import load_gpt2  # noqa: E402
+from extras.int8 import quantize_model  # noqa: E402
+from extras.machine import bandwidth_share  # noqa: E402
+from extras.row_linear import use_row_linears  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
-from sample import (  # noqa: E402
-    Request,
-    ask,
-    auto_device,
-    decode,
-    generate,
-    lay_for_reading,
-    load_model,
-    quantized,
-    read_bandwidth,
-    seed,
-    weight_bytes,
-)
+from sample import Request, Sampling, decode, generate, seed  # noqa: E402
+
+GREEDY = Sampling(temperature=0.0)
 
 CHAR = dict(n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=72)
 LONG = dict(n_layer=6, n_head=3, n_embd=192, block_size=256, vocab_size=72, ngrams=4)
@@ -54,7 +49,13 @@ DEVICE = auto_device()
 
 def build(shape, dtype=torch.float32):
     torch.manual_seed(0)
-    return lay_for_reading(GPT(GPTConfig(**shape)).to(DEVICE, dtype).eval())
+    return use_row_linears(GPT(GPTConfig(**shape)).to(DEVICE, dtype).eval())
+
+
+def begin(train, layers):
+    """-> a Run with these settings, as main() makes it."""
+    config, _ = configure(vars(train), layers, train.settings_beside)
+    return train.make_run(config)[0]
 
 
 def timed(action):
@@ -79,7 +80,7 @@ def uncached_seconds(model, count, every):
 
 
 def share(model, seconds):
-    return f'{weight_bytes(model) / seconds / read_bandwidth(DEVICE):.0%} of the memory bandwidth'
+    return f'{bandwidth_share(model, seconds):.0%} of the memory bandwidth'
 
 
 def cache():
@@ -90,7 +91,7 @@ def cache():
         ('GPT-2 124M', GPT2_124M, 900, 25),
     ):
         model = build(shape)
-        cached = timed(lambda m=model, n=count: generate(m, [[0]], n, temperature=0))
+        cached = timed(lambda m=model, n=count: generate(m, [[0]], n, GREEDY))
         plain = uncached_seconds(model, count, every)
         print(
             f'{name}, {count} tokens: {count / cached:.1f} tokens/s with the cache, '
@@ -108,7 +109,7 @@ def transformers():
         theirs = hf.GPT2LMHeadModel(hf.GPT2Config()).eval()
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            ours = lay_for_reading(GPT.from_pretrained(folder).to(DEVICE, dtype).eval())
+            ours = use_row_linears(load_gpt2(folder).to(DEVICE, dtype).eval())
         theirs.to(DEVICE, dtype)
         how = dict(
             max_new_tokens=64,
@@ -120,14 +121,14 @@ def transformers():
         )
         with torch.inference_mode():
             slow = timed(lambda model=theirs, how=how: model.generate(prompt, **how))
-        fast = timed(lambda model=ours: generate(model, prompt.tolist(), 64, temperature=0))
+        fast = timed(lambda model=ours: generate(model, prompt.tolist(), 64, GREEDY))
         print(
             f'GPT-2 124M, {dtype}, one row: {64 / fast:.1f} tokens/s, '
             f'transformers {hf.__version__} {64 / slow:.1f}: '
             f'{slow / fast:.2f} x; {share(ours, fast / 64)}'
         )
-        bytes_ = quantized(ours)
-        small = timed(lambda model=bytes_: generate(model, prompt.tolist(), 64, temperature=0))
+        bytes_ = quantize_model(ours)
+        small = timed(lambda model=bytes_: generate(model, prompt.tolist(), 64, GREEDY))
         print(
             f'the same with int8 weights: {64 / small:.1f} tokens/s, {fast / small:.2f} x; '
             f'{share(bytes_, small / 64)}'
@@ -145,8 +146,8 @@ def large():
             torch.nn.init.normal_(p, std=0.02)
         model.lm_head.bias.zero_()
         if dtype == torch.float32:
-            quantized(model)
-        one = timed(lambda model=model: generate(model, [[1]], 32, temperature=0)) / 32
+            quantize_model(model)
+        one = timed(lambda model=model: generate(model, [[1]], 32, GREEDY)) / 32
         kind = 'bf16' if dtype == torch.bfloat16 else 'int8'
         print(f'GPT-2 774M, one row, {kind}: {1 / one:.1f} tokens/s, {share(model, one)}')
 
@@ -216,7 +217,7 @@ def int8(folder):
 
     model.eval()
     before = loss()
-    quantized(model)
+    quantize_model(model)
     after = loss()
     print(f'{folder}: {before:.5f}, with int8 weights {after:.5f}: {after / before - 1:+.4%}')
 
@@ -224,6 +225,7 @@ def int8(folder):
 def rl(folder):
     """Ten steps of RL from a run: seconds in rollouts, in scoring answers, and in learning."""
     import train
+    from stages import rl
 
     spent = {'rollouts': 0.0, 'scoring': 0.0}
 
@@ -238,19 +240,18 @@ def rl(folder):
 
     with tempfile.TemporaryDirectory() as out:
         layers = ['config/arithmetic_rl.py', f'--init_from={folder}', f'--out_dir={out}/out']
-        configure(vars(train), [*layers, '--log_interval=1000000'])
-        run = train.setup()
-        batches, _ = train.prepare(run, *train.make_model(run))
-    task = train.tasks_of(run.data)
+        run = begin(train, [*layers, '--log_interval=1000000'])
+    task = tasks.tasks_of(run.data)
     task.reward = stopwatch('scoring', task.reward)
-    train.tasks_of, train.ask = (lambda parts: task), stopwatch('rollouts', train.ask)
-    batches, _ = train.rl(run)
+    rl.tasks_of = lambda parts: task
+    rl.answer_questions = stopwatch('rollouts', rl.answer_questions)
+    batches, _ = rl.start(run)
     for step in range(11):
         if step == 1:  # the first one warms up
             began, run.notes, run.tokens = time.perf_counter(), {}, 0
             spent.update(rollouts=0.0, scoring=0.0)
         train.one_step(run, batches, step)
-    whole, answers = time.perf_counter() - began, train.num_prompts * train.num_samples
+    whole, answers = time.perf_counter() - began, rl.num_prompts * rl.num_samples
     tokens = 10 * answers * np.mean(run.notes['answer_length'])
     rollouts, dead = spent['rollouts'] - spent['scoring'], np.mean(run.notes['dead_groups'])
     learning, learned = whole - spent['rollouts'], run.tokens
@@ -259,10 +260,10 @@ def rl(folder):
         f'({tokens / rollouts:,.0f} tokens/s), scoring {spent["scoring"] / whole:.1%}, learning '
         f'{learning / whole:.0%} ({learned / learning:,.0f} tokens/s with the questions)'
     )
-    requests, _ = train.rollouts(run, task, 11)
+    requests, _ = rl.rollouts(run, task, 11)
     began = time.perf_counter()
-    everything = [train.written(request, 0.1) for request in requests]
-    train.one_update(run, train.microbatches(run, everything), 11)
+    everything = [rl.example_of(request, 0.1) for request in requests]
+    train.update(run, rl.microbatches(run, everything), 11)
     print(
         f'{dead:.0%} of the groups are dead; learning takes {learning / 10:.2f} s without them, '
         f'{time.perf_counter() - began:.2f} s with them'
@@ -283,15 +284,17 @@ def demonstrations(*counts):
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    task = task_of(DATA / 'arithmetic')
+    task = tasks.task_of(DATA / 'arithmetic')
     asked = list(itertools.islice(task.examples('test', seed), 500))
     figure, axis = pyplot.subplots(figsize=(6, 3.5))
     for stage in 'sft', 'rl':
         right = []
         for count in counts:
             model, tokenizer, _ = load_model(f'out-{stage}-{count}')
-            lay_for_reading(model.eval())
-            _, rewards = ask(model, tokenizer, task, asked, range(500), 128, 1, 120, 0.0)
+            use_row_linears(model.eval())
+            _, rewards = tasks.answer_questions(
+                model, tokenizer, task, asked, range(500), 128, 1, 120, GREEDY
+            )
             right.append(np.mean(rewards))
             print(f'{stage} after {count} demonstrations: {right[-1]:.1%}', flush=True)
         axis.plot(list(map(int, counts)), right, 'o-', label=stage)
@@ -308,7 +311,9 @@ def server():
     model, rows = build(GPT2_124M), 16
     tokenizer = Tokenizer.of_text(''.join(map(chr, range(32, 126))))
     prompts = [[i + 1] * 16 for i in range(rows)]
-    known = Served(model, tokenizer, {'lineage': []}, 'bench')
+    from extras.serve import Endpoint, Server
+
+    known = Endpoint(model, tokenizer, {'lineage': []}, 'bench')
     with Server(known, lambda source: decode(model, source, rows), '127.0.0.1', 0, 64) as web:
 
         def ask(prompt):
@@ -318,7 +323,7 @@ def server():
             headers = {'Content-Type': 'application/json'}
             connection.request('POST', '/v1/completions', json.dumps(body), headers)
             reply = connection.getresponse()
-            reply.fp.readline()
+            reply.readline()
             first = time.perf_counter() - began
             reply.read()
             return first
@@ -327,7 +332,7 @@ def server():
         with concurrent.futures.ThreadPoolExecutor(rows) as pool:
             for _ in range(4):  # in turn, so that what else the machine does slows both alike
                 began = time.perf_counter()
-                generate(model, prompts, 64, temperature=0)
+                generate(model, prompts, 64, GREEDY)
                 between = time.perf_counter()
                 firsts += pool.map(ask, prompts)
                 bare.append(between - began)
@@ -344,14 +349,13 @@ def steps():
     """Steps of two configs in turn, so that whatever else the machine does slows both alike."""
     import train
 
-    defaults = {name: vars(train)[name] for name in read_settings(train.__file__)}
+    defaults = {name: vars(train)[name] for name in read_settings(vars(train))}
     runs, seconds = {}, {}
     for name in 'nanogpt_baseline', 'train_shakespeare_char':
         vars(train).update(defaults)
         with tempfile.TemporaryDirectory() as folder:
-            configure(vars(train), [f'config/{name}.py', f'--out_dir={folder}/out'])
-            run = train.setup()
-            batches, _ = train.prepare(run, *train.make_model(run))
+            run = begin(train, [f'config/{name}.py', f'--out_dir={folder}/out'])
+            batches, _ = run.stage.start(run)
         runs[name] = run, batches, {key: vars(train)[key] for key in defaults}
         seconds[name] = []
     for turn in range(11):

@@ -82,10 +82,17 @@ def dataset(tmp_path_factory):
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
 
+def script_of(script):
+    """-> how python is told to run it: rooms are run as modules, from the project's root"""
+    if str(script).startswith('extras/'):
+        return '-m', script.removesuffix('.py').replace('/', '.')
+    return (str(ROOT / script),)
+
+
 def run(script, *arguments, launcher=(), cwd=None, ok=True, env=None, timeout=240):
     """Run a script as a user would. -> stdout and stderr together; ok=False expects a refusal."""
     done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)],
+        [sys.executable, *launcher, *script_of(script), *map(str, arguments)],
         cwd=cwd,
         timeout=timeout,
         stdout=subprocess.PIPE,
@@ -103,8 +110,10 @@ def run(script, *arguments, launcher=(), cwd=None, ok=True, env=None, timeout=24
 
 def inside(script, *arguments, cwd=None, ok=True):
     """The same in this process, which is quicker. -> what it printed, then the refusal."""
-    module, printed = importlib.import_module(script.removesuffix('.py')), io.StringIO()
-    before, refusal = dict(vars(module)), None
+    name, printed = script.removesuffix('.py').replace('/', '.'), io.StringIO()
+    module, refusal = importlib.import_module(name), None
+    rooms = [importlib.import_module(f'stages.{room}') for room in ('rl', 'dpo', 'distill')]
+    before = [(each, dict(vars(each))) for each in (module, *rooms)]
     with (
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
@@ -118,7 +127,8 @@ def inside(script, *arguments, cwd=None, ok=True):
         except SystemExit as stop:
             refusal = stop.code
         finally:
-            vars(module).update(before)
+            for each, values in before:
+                vars(each).update(values)
             for number in signal.SIGINT, signal.SIGTERM:
                 signal.signal(number, signal.default_int_handler)
     assert (refusal is None) == ok, (refusal, printed.getvalue())

@@ -53,8 +53,7 @@ RUNS = {
 def write_pairs(folder):
     """Worked answers beside the same with another result: a data set for dpo, a task for rl."""
     sys.path.insert(0, str(ROOT))
-    from data.arithmetic.prepare import conversation, example, random, tokenizer
-    from data.arithmetic.prepare import EVENTS
+    from data.arithmetic.prepare import EVENTS, conversation, example, random, tokenizer
     from data.files import write_conversations
 
     rng, talks = random.Random(1), []

@@ -5,9 +5,11 @@ import builtins
 import pytest
 from conftest import TEXT, tiny
 
-import sample
-from data.tokenizer import SPECIAL, Tokenizer, Voice
-from sample import Request, elect, final_answer, fit, is_taught
+from data.runs import is_taught
+from data.tasks import final_answer
+from data.tokenizer import SPECIAL, Detokenizer, Tokenizer
+from extras import chat
+from sample import Request, Sampling
 
 LETTERS = Tokenizer.of_text(TEXT + 'abcdefghijklmnopqrstuvwxyz0123456789+-*/=<|>_')
 
@@ -88,13 +90,13 @@ def test_people_see_tool_calls_in_brackets_and_whole_characters(bpe):
         {'type': 'text', 'text': ' done'},
     ]
     ids = bpe.render([{'role': 'assistant', 'content': parts}])[0]
-    voice, pieces = Voice(bpe), []
+    detokenizer, pieces = Detokenizer(bpe), []
     for n in range(1, len(ids) + 1):
-        pieces.append(voice.hear(ids[:n]))
+        pieces.append(detokenizer.push(ids[:n]))
     assert ''.join(pieces) == 'so 🙂 سلام 你好 [48/2 = 24] done'
     assert '\ufffd' not in ''.join(pieces)
-    voice, half = Voice(bpe), bpe.encode('🙂')[:2]
-    assert [voice.hear(half), voice.hear(half, last=True)] == ['', '\ufffd']
+    detokenizer, half = Detokenizer(bpe), bpe.encode('🙂')[:2]
+    assert [detokenizer.push(half), detokenizer.push(half, last=True)] == ['', '\ufffd']
 
 
 @pytest.mark.parametrize('step', [1, 2, 5, 100])
@@ -107,24 +109,24 @@ def test_a_stop_text_is_never_told_not_even_its_beginning(step):
         (['zz'], 'to be or not to be or no'),
         ([], 'to be or not to be or no'),
     ):
-        voice, pieces = Voice(LETTERS, stop), []
+        detokenizer, pieces = Detokenizer(LETTERS, stop), []
         for n in range(step, len(ids) + step, step):
-            pieces.append(voice.hear(ids[:n], last=n >= len(ids)))
-            if voice.stopped:
+            pieces.append(detokenizer.push(ids[:n], last=n >= len(ids)))
+            if detokenizer.stopped:
                 break
-        assert ''.join(pieces) == told == voice.text
-        assert voice.stopped == any(text in 'to be or not to be or no' for text in stop)
+        assert ''.join(pieces) == told == detokenizer.text
+        assert detokenizer.stopped == any(text in 'to be or not to be or no' for text in stop)
 
 
 def test_a_full_context_leaves_out_the_oldest_turns_but_not_the_system():
     turns = [[90], [1] * 10, [2] * 10, [3] * 10]
     begin, assistant = (LETTERS.special[name] for name in ('<|endoftext|>', '<|assistant|>'))
-    assert fit(LETTERS, turns, 100) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
-    assert fit(LETTERS, turns, 33) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
-    assert fit(LETTERS, turns, 32) == ([begin, 90] + [3] * 10 + [assistant], 2)
-    assert fit(LETTERS, turns, 6) == ([begin, 90] + [3] * 3 + [assistant], 2)
+    assert LETTERS.fit(turns, 100) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
+    assert LETTERS.fit(turns, 33) == ([begin, 90] + sum(turns[1:], []) + [assistant], 0)
+    assert LETTERS.fit(turns, 32) == ([begin, 90] + [3] * 10 + [assistant], 2)
+    assert LETTERS.fit(turns, 6) == ([begin, 90] + [3] * 3 + [assistant], 2)
     both = [begin] + [90] * 9 + [3] * 9 + [assistant]
-    assert fit(LETTERS, [[90] * 50, [3] * 50], 20) == (both, 0)
+    assert LETTERS.fit([[90] * 50, [3] * 50], 20) == (both, 0)
 
 
 def test_only_stages_of_conversation_teach_to_chat():
@@ -144,21 +146,21 @@ def converse(monkeypatch, capsys, lines, taught=True, **changes):
         return line
 
     monkeypatch.setattr(builtins, 'input', type_line)
-    monkeypatch.setattr(sample, 'max_new_tokens', 12)
-    monkeypatch.setattr(sample, 'seed', 4)
+    monkeypatch.setattr(chat, 'max_new_tokens', 12)
+    monkeypatch.setattr(chat, 'seed', 4)
     model = tiny(vocab_size=LETTERS.vocab_size, **{'block_size': 64, **changes})
-    sample.talk(model, LETTERS, taught)
+    chat.chat(model, LETTERS, taught, Sampling(0.8, 200))
     return capsys.readouterr().out
 
 
 def test_a_talk_of_several_turns(monkeypatch, capsys):
-    prompts, speak = [], sample.speak
+    prompts, answer = [], chat.answer
 
-    def spy(model, tokenizer, prompt, *how):
-        prompts.append(tokenizer.decode(prompt))
-        return speak(model, tokenizer, prompt, *how)
+    def spy(model, tokenizer, request):
+        prompts.append(tokenizer.decode(request.prompt))
+        return answer(model, tokenizer, request)
 
-    monkeypatch.setattr(sample, 'speak', spy)
+    monkeypatch.setattr(chat, 'answer', spy)
     lines = ['be', '', '☃', 'or', '/system no', 'to', '/clear', 'it', '/system', 'by']
     text = converse(monkeypatch, capsys, lines, block_size=256)
     assert "character '☃'" in text and len(prompts) == 5
@@ -171,8 +173,8 @@ def test_a_talk_of_several_turns(monkeypatch, capsys):
 @pytest.mark.parametrize('tools', [True, False])
 def test_a_talk_has_the_calculator_unless_it_is_told_not_to(tools, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(sample, 'tools', tools)
-    monkeypatch.setattr(sample, 'speak', lambda *how: given.append(how[-1]) or [])
+    monkeypatch.setattr(chat, 'tools', tools)
+    monkeypatch.setattr(chat, 'answer', lambda *how: given.append(how[-1].tool) or [])
     converse(monkeypatch, capsys, ['be', '/systematic'])
     assert len(given) == 2 and all((tool is not None) == tools for tool in given)
 
@@ -185,14 +187,14 @@ def test_a_long_talk_says_what_it_no_longer_sees(monkeypatch, capsys):
 def test_ctrl_c_stops_the_answer_and_not_the_talk(monkeypatch, capsys):
     calls = []
 
-    class Stopping(Voice):
-        def hear(self, ids, last=False):
+    class Stopping(Detokenizer):
+        def push(self, ids, last=False):
             calls.append(len(ids))
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return super().hear(ids, last)
+            return super().push(ids, last)
 
-    monkeypatch.setattr(sample, 'Voice', Stopping)
+    monkeypatch.setattr(chat, 'Detokenizer', Stopping)
     text = converse(monkeypatch, capsys, ['be', 'or', 'not', 'to'])
     assert text.count('(stopped)') == 1 and len(calls) >= 4
     assert 'Ctrl-D ends' in converse(monkeypatch, capsys, [KeyboardInterrupt(), 'be'])
@@ -216,7 +218,7 @@ def test_the_tool_answers_inside_a_talk(monkeypatch, capsys):
             request.reason = 'end' if token in request.end else ''
             yield request
 
-    monkeypatch.setattr(sample, 'decode', write)
+    monkeypatch.setattr(chat, 'decode', write)
     assert '[6*7 = 42]' in converse(monkeypatch, capsys, ['be'])
 
 
@@ -238,17 +240,17 @@ def test_most_votes_win(capsys):
     texts = ['a\n#### 1', 'b\n#### 2', 'c\n#### 2', 'd\n#### 3']
     voters = Tokenizer.of_text(''.join(texts))
     requests = [Request([0], ids=voters.encode(text)) for text in texts]
-    assert elect(requests, voters) is requests[1]
+    assert chat.print_vote(requests, voters) is requests[1]
     assert '2 of 4 answers say: 2' in capsys.readouterr().out
 
 
 def test_votes_in_a_talk(monkeypatch, capsys):
-    monkeypatch.setattr(sample, 'votes', 3)
+    monkeypatch.setattr(chat, 'votes', 3)
     assert 'of 3 answers say' in converse(monkeypatch, capsys, ['be'])
 
 
 def test_ctrl_c_among_votes_leaves_no_answer_that_nobody_saw(monkeypatch, capsys):
-    monkeypatch.setattr(sample, 'votes', 3)
+    monkeypatch.setattr(chat, 'votes', 3)
     prompts = []
 
     def stopped(model, requests, rows):
@@ -256,7 +258,7 @@ def test_ctrl_c_among_votes_leaves_no_answer_that_nobody_saw(monkeypatch, capsys
         yield requests[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, 'decode', stopped)
+    monkeypatch.setattr(chat, 'decode', stopped)
     converse(monkeypatch, capsys, ['be', 'or'])
     assert LETTERS.decode(prompts[1]).count('<|user|>') == 1
 

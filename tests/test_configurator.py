@@ -34,7 +34,7 @@ def test_the_last_layer_wins_and_is_named(script, tmp_path):
     layer.write_text(
         'import time\n_note = "not a setting"\nbatch_size = 3\nout_dir = "run-" + str(2)\n'
     )
-    origin = configure(script, [str(layer), '--batch_size=5', '--decay=False'])
+    _, origin = configure(script, [str(layer), '--batch_size=5', '--decay=False'])
     assert (script['batch_size'], script['out_dir'], script['decay']) == (5, 'run-2', False)
     assert origin == {'batch_size': 'command line', 'out_dir': str(layer), 'decay': 'command line'}
 

@@ -36,8 +36,8 @@ def test_special_tokens_come_only_from_the_operator(kind, bpe):
     tokenizer = tokenizer_of(kind, text, bpe)
     special = set(tokenizer.special.values())
     assert not special & set(tokenizer.encode(text))
-    assert len(special & set(tokenizer.encode(text, special=True))) == 2
-    assert tokenizer.decode(tokenizer.encode(text, special=True)) == text
+    assert len(special & set(tokenizer.encode(text, special=tokenizer.special))) == 2
+    assert tokenizer.decode(tokenizer.encode(text, special=tokenizer.special)) == text
     assert set(tokenizer.special) == set(SPECIAL)
 
 

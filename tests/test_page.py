@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import TEXT, tiny
 
-from assets.serve import Served, Server
 from data.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip('playwright.sync_api')
+pytest.importorskip('uvicorn')
+from extras.serve import Endpoint, Server  # noqa: E402
+
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--no-first-run']
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='no Chromium here')
@@ -46,7 +48,7 @@ def server():
                 yield request
 
     model = tiny(vocab_size=LETTERS.vocab_size, block_size=4096)
-    known = Served(model, LETTERS, {'lineage': [{'stage': 'sft'}]}, 'out-talk')
+    known = Endpoint(model, LETTERS, {'lineage': [{'stage': 'sft'}]}, 'out-talk')
     with Server(known, work, '127.0.0.1', 0, 64) as server:
         yield SimpleNamespace(url=f'http://127.0.0.1:{server.server_port}/')
 

@@ -1,15 +1,22 @@
 """What the README says can be typed, and what nanoGPT's users type, is taken and works."""
 
+import importlib
 import re
 import shlex
 
 import pytest
 from conftest import ROOT, TORCHRUN, inside, run
 
-from configurator import configure, read_settings
+import sample
+from configurator import configure
+from sample import Sampling
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-FOUND = re.findall(r'(?:python|&&)[^\n|`&]*?\b((?:train|sample)\.py[^\n`#&]*)', README)
+NOTEBOOK = (ROOT / 'config' / 'README.md').read_text(encoding='utf-8')
+FOUND = re.findall(
+    r'(?:python|&&|nnodes|torchrun)[^\n|`&]*?((?:\b(?:train|sample)\.py|-m extras\.)[^\n`#&|]*)',
+    README + NOTEBOOK,
+)
 COMMANDS = sorted({command.strip() for command in FOUND if '--help' not in command})
 NANOGPT = """
 train.py config/train_shakespeare_char.py
@@ -35,19 +42,21 @@ sample.py --start=FILE:prompt.txt
 @pytest.mark.parametrize('command', COMMANDS + NANOGPT)
 def test_every_command_is_accepted(command):
     script, *arguments = shlex.split(command)
-    if script == 'train.py':
+    if script == '-m':  # a program of extras/
+        module = importlib.import_module(arguments[0])
+        namespace = dict(vars(module))
+        configure(namespace, arguments[1:], lambda values: [Sampling()])
+    elif script == 'train.py':
         text = inside(
             script, *arguments, '--dry_run=True', '--dtype=float32', '--init_from=scratch', cwd=ROOT
         )
         assert 'FLOPs per token' in text
     else:
-        path = str(ROOT / script)
-        namespace = {'__file__': path, '__doc__': '', **dict.fromkeys(read_settings(path))}
-        configure(namespace, arguments)
+        configure(dict(vars(sample)), arguments, lambda values: [Sampling()])
 
 
 def test_the_readme_names_files_that_are_there_and_measures_with_commands_that_exist():
-    paths = re.findall(r'\b((?:config|data|tests|assets)/[\w/]+\.(?:py|png|html))', README)
+    paths = re.findall(r'\b((?:config|data|tests|assets|stages|extras)/[\w/]+\.(?:py|png|html))', README)
     assert len(set(paths)) >= 8
     assert not [path for path in paths if not (ROOT / path).exists()]
 

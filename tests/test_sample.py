@@ -1,5 +1,6 @@
 """Decoding: the cached loop against the slow way, windows, sampling, hostile checkpoints."""
 
+import dataclasses
 import itertools
 import os
 import pickle
@@ -11,18 +12,11 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, inside, tiny
 
-import sample
-from sample import (
-    Int8Linear,
-    Request,
-    RowLinear,
-    decode,
-    generate,
-    lay_for_reading,
-    probabilities,
-    quantized,
-    read_checkpoint,
-)
+from data.runs import read_checkpoint
+from extras import int8
+from extras.int8 import Int8Linear, quantize_model
+from extras.row_linear import RowLinear, use_row_linears
+from sample import Request, Sampling, decode, generate, probabilities
 
 
 def slow(model, prompt, count, seed=0, end=None, **how):
@@ -47,20 +41,22 @@ def test_cached_decoding_writes_the_same_tokens_as_the_slow_way(model):
         dict(temperature=0.7, top_k=5),
         dict(top_p=0.5),
     ):
-        assert generate(model, [[1, 2, 3]], 18, **how) == [slow(model, [1, 2, 3], 18, **how)]
+        seed = how.pop('seed', 0)
+        written = generate(model, [[1, 2, 3]], 18, Sampling(**how), seed)
+        assert written == [slow(model, [1, 2, 3], 18, seed, **how)]
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_large_model_laid_for_reading_computes_the_same(family):
     """Its one-row products are shared out among threads; also where they do not divide evenly."""
     model = tiny(n_embd=256, vocab_size=1100, **FAMILIES[family])
-    expected = generate(model, [[1, 2, 3]], 20, temperature=0)
+    expected = generate(model, [[1, 2, 3]], 20, Sampling(0))
     x = torch.randn(1, 1, 256)
     logits, before = model.lm_head(x), model.state_dict()
-    assert lay_for_reading(model) is model and type(model.lm_head) is RowLinear
+    assert use_row_linears(model) is model and type(model.lm_head) is RowLinear
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     torch.testing.assert_close(model.lm_head(x), logits, atol=1e-5, rtol=1e-4)
-    assert generate(model, [[1, 2, 3]], 20, temperature=0) == expected
+    assert generate(model, [[1, 2, 3]], 20, Sampling(0)) == expected
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     torch.testing.assert_close(model.lm_head(x), logits, atol=1e-5, rtol=1e-4)
@@ -75,9 +71,9 @@ def test_prompts_around_the_window_and_samples_beyond_it(model, length):
 
 def test_batched_rows_get_what_each_gets_alone(model):
     prompts = [[1], [4, 5, 6, 7, 8, 9, 10], [2, 3]]
-    together = generate(model, prompts, 30, seed=11, temperature=0.9)
+    together = generate(model, prompts, 30, Sampling(0.9), seed=11)
     assert together == [
-        generate(model, [p], 30, seed=11 + i, temperature=0.9)[0] for i, p in enumerate(prompts)
+        generate(model, [p], 30, Sampling(0.9), seed=11 + i)[0] for i, p in enumerate(prompts)
     ]
 
 
@@ -102,7 +98,7 @@ def mixture():
         Request(
             prompt,
             int(rng.integers(1, 40)),
-            **ways[i % 5],
+            Sampling(**ways[i % 5]),
             seed=i,
             end=(7, 9),
             tool=(lambda ids: [1, 2, 3] if ids[-1] % 5 == 0 else []) if i % 3 == 0 else None,
@@ -167,7 +163,7 @@ def test_a_prompt_is_not_shared_once_its_window_has_slid(model):
 def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(model):
     requests = [
         Request([3, 1, 4, 1, 5], 12, seed=8),
-        Request([2, 7], 15, temperature=0.7, top_k=4, top_p=0.9, seed=1),
+        Request([2, 7], 15, Sampling(0.7, 4, 0.9), seed=1),
         Request([2, 7, 1], 14, seed=1, tool=lambda ids: [4, 4] if len(ids) == 5 else []),
     ]
     for _ in decode(model, requests, 3):
@@ -175,8 +171,8 @@ def test_log_probabilities_are_those_of_one_pass_over_the_whole_text(model):
     for request in requests:
         text = torch.tensor([request.prompt + request.ids])
         logits = model(text)[0][0, len(request.prompt) - 1 : -1]
-        how = request.temperature, request.top_k, request.top_p
-        expected = probabilities(logits, *how).log().gather(1, torch.tensor(request.ids)[:, None])
+        how = dataclasses.asdict(request.sampling)
+        expected = probabilities(logits, **how).log().gather(1, torch.tensor(request.ids)[:, None])
         for got, want in zip(request.logprobs, expected[:, 0].tolist(), strict=True):
             assert got is None or got == pytest.approx(want, abs=1e-4)
     assert [i for i, p in enumerate(requests[2].logprobs) if p is None] == [5, 6]
@@ -230,7 +226,7 @@ def test_tokens_are_drawn_as_often_as_their_probability():
 
 def test_ids_beyond_the_vocabulary_are_never_drawn():
     model = tiny(vocab_size=3, vocab_multiple=64)
-    assert set(sum(generate(model, [[0]] * 50, 20, temperature=5.0), [])) <= {0, 1, 2}
+    assert set(sum(generate(model, [[0]] * 50, 20, Sampling(5.0)), [])) <= {0, 1, 2}
 
 
 def test_a_run_samples_by_its_folder_alone(trained, tmp_path):
@@ -292,12 +288,13 @@ def test_the_end_token_in_a_prompt_is_the_token(trained):
     'arguments, words',
     [
         (['--start=To \u00e9'], "'é' (U+00E9)"),
-        (['--temperature=-1'], '--temperature=-1.0: out of range'),
-        (['--top_p=0'], '--top_p=0.0'),
+        (['--temperature=-1'], 'temperature=-1: must be from 0 to 100'),
+        (['--top_k=-1'], 'top_k=-1: must be from 0'),
+        (['--top_p=0'], 'top_p=0: must be from 1e-6 to 1'),
         (['--start=FILE:/nowhere'], 'No such file'),
         (['--device=tpu'], 'choose cuda'),
         (['--dtype=float16', '--device=cpu'], 'only on CUDA'),
-        (['--num_samples=0'], '--num_samples=0'),
+        (['--num_samples=0'], 'num_samples=0: must be at least 1'),
     ],
 )
 def test_bad_input_to_sampling_is_one_clear_line(trained, arguments, words):
@@ -370,7 +367,7 @@ def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias, kernel,
     if kernel and torch.backends.quantized.engine != 'x86':
         pytest.skip('this machine has no such kernel')
     if not kernel:
-        monkeypatch.setattr(sample, 'packed_for_cpu', lambda weight, scale: None)
+        monkeypatch.setattr(int8, 'packed_for_cpu', lambda weight, scale: None)
     torch.manual_seed(0)
     linear = torch.nn.Linear(96, 40, bias=bias).to(dtype)
     x = torch.randn(2, rows, 96, dtype=dtype)[:1] * torch.logspace(-3, 3, rows)[:, None].to(dtype)
@@ -391,7 +388,7 @@ def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias, kernel,
 def test_a_quantized_model_decodes_nearly_as_before(model):
     x = torch.arange(20)[None]
     before = model(x)[0].log_softmax(-1)
-    assert quantized(model) is model and not any(
+    assert quantize_model(model) is model and not any(
         isinstance(m, torch.nn.Linear) for m in model.modules()
     )
     after = model(x)[0].log_softmax(-1)

@@ -1,6 +1,7 @@
 """Stages: what is in play and how much it counts, against masks and gradients by hand."""
 
 import collections
+import importlib
 import itertools
 import re
 import shutil
@@ -16,12 +17,16 @@ import torch
 from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 from test_train import TWO, gradients_of, make_run
 
-import sample
 import train
-from data.files import mixture_of, task_of, tasks_of, write_conversations, write_tokens
-from data.rows import Conversations, Mixture
-from data.tokenizer import Tokenizer, Voice
-from sample import Request, ask, load_model, read_checkpoint
+from configurator import read_settings
+from data.files import mixture_of, write_conversations, write_tokens
+from data.rows import Conversations, Mixture, pad, read_rows
+from data.runs import load_model, read_checkpoint
+from data.tasks import answer_questions, task_of, tasks_of
+from data.tokenizer import Tokenizer
+from extras import evaluate
+from sample import Request
+from stages import distill, dpo, rl
 
 LETTERS = Tokenizer.of_text('abcdefghijklmnopqrstuvwxyz ABC?!0123456789+-*/="().#:,\n')
 SHAPE = dict(block_size=64, vocab_size=LETTERS.vocab_size)
@@ -62,13 +67,18 @@ def talks(tmp_path_factory):
 def settings(monkeypatch, talks):
     def lay(**values):
         for name, value in values.items():
-            monkeypatch.setattr(train, name, value)
+            owners = [room for room in (train, rl, dpo, distill) if hasattr(room, name)]
+            for room in owners:
+                if not callable(getattr(room, name)):
+                    monkeypatch.setattr(room, name, value)
+            assert owners, name
 
     lay(batch_size=3, gradient_accumulation_steps=2, block_size=64, seed=1, dataset=str(talks))
     lay(stage='sft', dropout=0.0)
     lay(grad_clip=0.0, warmup_iters=0, decay_lr=False, eval_iters=0, num_prompts=3, num_samples=4)
     lay(max_new_tokens=6, rollout_rows=5, eval_examples=4, log_interval=1)
-    monkeypatch.setattr(train, 'frozen', lambda run, source: tiny(1, **SHAPE))
+    for room in rl, dpo, distill:
+        monkeypatch.setattr(room, 'load_reference', lambda run, source: tiny(1, **SHAPE))
     return lay
 
 
@@ -81,7 +91,7 @@ def mixed_rewards(monkeypatch):
         made.reward = lambda example, answer: zlib.crc32(answer.encode()) % 2
         return made
 
-    monkeypatch.setattr(train, 'tasks_of', task)
+    monkeypatch.setattr(rl, 'tasks_of', task)
 
 
 def run_for(talks, **changes):
@@ -106,15 +116,15 @@ def test_packing_loses_and_repeats_no_token_in_play(talks):
     for epoch in -1, 0, 1:
         rows = packed.plan(epoch, seed=3)
         assert sorted(itertools.chain(*rows)) == list(range(60))
-        targets = [t for t in packed.beside(rows)[1].flatten().tolist() if t >= 0]
+        targets = [t for t in packed.assemble(rows)[1].flatten().tolist() if t >= 0]
         assert sorted(targets) == expected
         assert len(rows) < 50  # several in a row
-    assert packed.plan(0, 3) != packed.plan(1, 3) and packed.cut == 0
+    assert packed.plan(0, 3) != packed.plan(1, 3) and packed.truncated == 0
 
 
 def test_a_row_is_its_conversations_side_by_side_and_then_nothing(talks):
     packed = Conversations(talks, 'train', 65)
-    (x,), (y,) = packed.beside([[4, 2]])
+    (x,), (y,) = packed.assemble([[4, 2]])
     ids, mask = [], []
     for i in 4, 2:
         more, also = LETTERS.render(conversations(60)[i])
@@ -127,15 +137,15 @@ def test_a_row_is_its_conversations_side_by_side_and_then_nothing(talks):
 def test_a_conversation_that_never_fits_is_cut_and_counted(talks):
     packed = Conversations(talks, 'train', 20)
     sizes = [len(LETTERS.render(c)[0]) for c in conversations(60)]
-    assert packed.cut == sum(size > 20 for size in sizes) > 0
-    assert all(row.shape == (19,) for row in packed.beside(packed.plan(0, 0))[0])
+    assert packed.truncated == sum(size > 20 for size in sizes) > 0
+    assert all(row.shape == (19,) for row in packed.assemble(packed.plan(0, 0))[0])
 
 
 def test_sft_batches_are_the_same_for_every_number_of_processes(talks, settings):
     def rows(world):
         parts = []
         for rank in range(world):
-            batches, _ = train.read(run_for(talks, rank=rank, world=world))
+            batches, _ = read_rows(run_for(talks, rank=rank, world=world))
             parts += [torch.cat((x, y), 1) for step in range(9) for x, y, _ in batches(step)]
         return sorted(torch.cat(parts).tolist())
 
@@ -150,11 +160,11 @@ def test_sft_validation_is_over_the_assistants_tokens(talks, settings):
         x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
         y[torch.tensor([mask[1:]]) == 0] = -1
         count += int((y >= 0).sum())
-    metrics, score = train.read(run)[1]()
+    metrics, score = read_rows(run)[1]()
     seen = 0
     packed = Conversations(talks, 'val', 65)
     for row in packed.plan(-1, 0):
-        x, y = map(torch.from_numpy, packed.beside([row]))
+        x, y = map(torch.from_numpy, packed.assemble([row]))
         total += run.model(x, y)[1].item()
         seen += int((y >= 0).sum())
     assert seen == count and score == pytest.approx(total / count, rel=1e-5)
@@ -166,7 +176,7 @@ def sampled(request):
 
 
 def rollouts(run, step=0):
-    batches, evaluate = train.rl(run)
+    batches, evaluate = rl.start(run)
     return list(batches(step)), evaluate
 
 
@@ -176,10 +186,10 @@ def test_rl_puts_what_was_sampled_in_play_with_its_advantage(
     asked = []
 
     def spy(*args, **how):
-        asked.append(ask(*args, **how))
+        asked.append(answer_questions(*args, **how))
         return asked[-1]
 
-    monkeypatch.setattr(train, 'ask', spy)
+    monkeypatch.setattr(rl, 'answer_questions', spy)
     run = run_for(talks)
     rows, _ = rollouts(run)
     requests, rewards = asked[0]
@@ -205,10 +215,10 @@ def test_rl_puts_what_was_sampled_in_play_with_its_advantage(
     for text in got:
         assert got[text] == pytest.approx(expected[text] * share, abs=1e-5)
     request = Request([1], ids=[5, 6, 7], logprobs=[-1.0, None, -1.0])  # 6 is a tool's
-    _, y, _ = train.as_rows([train.written(request, 1.0)])
+    _, y, _ = pad([rl.example_of(request, 1.0)])
     assert y.tolist() == [[5, -1, 7]]
     request = Request([1, 2], ids=[7, LETTERS.special['<|end|>']], logprobs=[-1.0, -2.0])
-    _, y, w = train.as_rows([train.written(request, 0.5)])
+    _, y, w = pad([rl.example_of(request, 0.5)])
     assert y.tolist() == [[-1, 7, LETTERS.special['<|end|>']]] and w[0, 1:].tolist() == [0.5, 0.5]
     assert run.notes['reward'] == [pytest.approx(groups.mean())]
     assert run.notes['dead_groups'] == [pytest.approx((groups.std(1) == 0).mean())]
@@ -221,8 +231,10 @@ def test_the_rl_gradient_is_reinforce_by_hand(
     """Of a token each, some answers are the same: those are read once, with all their weights."""
     settings(max_new_tokens=length, num_samples=16 if length == 1 else 4)
     run, asked = run_for(talks), []
-    monkeypatch.setattr(train, 'ask', lambda *a, **k: (asked.append(ask(*a, **k)), asked[-1])[1])
-    batches, _ = train.rl(run)
+    monkeypatch.setattr(
+        rl, 'answer_questions', lambda *a, **k: (asked.append(answer_questions(*a, **k)), asked[-1])[1]
+    )
+    batches, _ = rl.start(run)
     got, (_, count, _), _ = gradients_of(run, batches, monkeypatch)
     requests, rewards = asked[0]
     total, tokens, seen, size = 0.0, 0, set(), len(asked[0][0]) // 3
@@ -245,7 +257,7 @@ def test_the_rl_gradient_is_reinforce_by_hand(
         torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize('stage', [train.rl, train.distill])
+@pytest.mark.parametrize('stage', [rl.start, distill.start_on_policy])
 def test_what_is_asked_may_be_a_mixture_of_tasks(talks, settings, monkeypatch, tmp_path, stage):
     """Both are asked, rewarded in their own ways and reported; the whole is weighed by questions.
     Two processes share the questions, and find the same."""
@@ -266,7 +278,7 @@ def test_what_is_asked_may_be_a_mixture_of_tasks(talks, settings, monkeypatch, t
     assert metrics['accuracy_one'] == 1 and metrics['accuracy_other'] == 0.25
     assert -score == metrics['accuracy'] == pytest.approx((count + 0.25 * (30 - count)) / 30)
     found = []
-    monkeypatch.setattr(train, 'all_sum', lambda values, run: found.append(values) or [0.0, 0.0])
+    monkeypatch.setattr(rl, 'all_sum', lambda values: found.append(values) or [0.0, 0.0])
     for run.rank in 0, 1:
         run.world = 2
         evaluate()
@@ -278,7 +290,7 @@ def test_the_policy_that_is_scored_is_the_one_that_sampled(talks, settings, monk
     run = run_for(talks)
     task = task_of(talks)
     asked = list(itertools.islice(task.examples(''), 6))
-    requests, _ = ask(run.model, LETTERS, task, asked, range(6), 4, 2, 9)
+    requests, _ = answer_questions(run.model, LETTERS, task, asked, range(6), 4, 2, 9)
     for request in requests:
         text = torch.tensor([request.prompt + request.ids])
         logits = run.model(text[:, :-1])[0][0, len(request.prompt) - 1 :].log_softmax(-1)
@@ -291,12 +303,13 @@ def test_a_group_of_equal_rewards_costs_no_forward_and_is_not_in_play(
 ):
     run = run_for(talks)
     monkeypatch.setattr(
-        train, 'ask', lambda *a, **k: (lambda r: (r[0], [1.0] * len(r[0])))(ask(*a, **k))
+        rl, 'answer_questions',
+        lambda *a, **k: (lambda r: (r[0], [1.0] * len(r[0])))(answer_questions(*a, **k)),
     )
     rows, _ = rollouts(run)
     assert rows == [None]  # nothing but the end of an update
     before = [p.clone() for p in run.model.parameters()]
-    _, count, _ = train.one_step(run, train.rl(run)[0], 0)
+    _, count, _ = train.one_step(run, rl.start(run)[0], 0)
     assert count == 0 and all(map(torch.equal, before, run.model.parameters()))
     assert run.notes['dead_groups'][0] == 1
 
@@ -306,7 +319,7 @@ def test_a_reward_that_cannot_be_had_is_named_with_its_example(talks, bad):
     task = SimpleNamespace(**vars(task_of(talks)))
     task.reward = lambda example, answer: eval(bad)
     with pytest.raises(ValueError, match='reward .*question'):
-        ask(tiny(**SHAPE), LETTERS, task, [
+        answer_questions(tiny(**SHAPE), LETTERS, task, [
             {'question': 'a', 'answer': 'b'}], [0], 1)  # fmt: skip
 
 
@@ -324,7 +337,12 @@ def common(talks, folder, init_from, **changes):
         num_prompts=4, num_samples=4, max_new_tokens=5, eval_examples=4, batch_size=8,
         max_iters=6, eval_interval=3, learning_rate=3e-3, muon_lr=0.01, ngrams=2,
     )  # fmt: skip
-    return [*TINY, *(f'--{name}={value}' for name, value in {**how, **changes}.items())]
+    how.update(changes)
+    others = {name for room in (rl, dpo, distill) for name in read_settings(vars(room))}
+    module = train.find_stage(how)
+    for room in (module, *getattr(module, 'USES', ())) if module else ():
+        others -= read_settings(vars(room)).keys()
+    return [*TINY, *(f'--{name}={value}' for name, value in how.items() if name not in others)]
 
 
 def test_rl_learns_a_bandit_in_seconds(talks, taught, tmp_path):
@@ -396,13 +414,13 @@ def test_two_processes_give_the_gradients_of_one_in_every_stage(
 
 
 def test_several_updates_of_a_rollout_are_those_of_ppos_clipped_objective(monkeypatch):
-    monkeypatch.setattr(train, 'clip_ratio', 0.2)
+    monkeypatch.setattr(rl, 'clip_ratio', 0.2)
     old = torch.log(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.3, 0.3]))
     new = torch.log(torch.tensor([0.7, 0.7, 0.3, 0.3, 0.3, 0.31])).requires_grad_()
     w = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0, -3.0])
     ratio = (new - old).exp()
     torch.minimum(ratio * w, ratio.clamp(0.8, 1.2) * w).sum().backward()
-    got = train.clipped(w, ratio.detach())
+    got = rl.clipped(w, ratio.detach())
     torch.testing.assert_close(got, new.grad)
     assert (got == 0).tolist() == [True, False, False, True, False, False]
 
@@ -412,13 +430,13 @@ def test_a_step_of_several_updates_takes_them_all_and_sees_the_policy_move(
 ):
     settings(updates=3, learning_rate=1e-2)
     run, seen = run_for(talks), []
-    clip = train.clipped
-    monkeypatch.setattr(train, 'clipped', lambda w, ratio: (seen.append(ratio), clip(w, ratio))[1])
+    clip = rl.clipped
+    monkeypatch.setattr(rl, 'clipped', lambda w, ratio: (seen.append(ratio), clip(w, ratio))[1])
     steps = [0]
     monkeypatch.setattr(
         run.optimizers[0], 'step', lambda f=run.optimizers[0].step: (f(), steps.append(1))
     )
-    train.one_step(run, train.rl(run)[0], 0)
+    train.one_step(run, rl.start(run)[0], 0)
     assert len(steps) == 4 and len(seen) >= 2
     assert all((ratio - 1).abs().max() > 1e-3 for ratio in seen)
 
@@ -437,7 +455,7 @@ def test_the_dpo_gradient_is_that_of_its_loss(settings, tmp_path, monkeypatch):
     folder = pairs_folder(tmp_path / 'pairs')
     settings(stage='dpo', batch_size=4, gradient_accumulation_steps=2, dpo_beta=0.3)
     run, start = run_for(folder), tiny(1, **SHAPE)
-    batches, evaluate = train.dpo(run)
+    batches, evaluate = dpo.start(run)
     got, (_, count, _), _ = gradients_of(run, batches, monkeypatch)
 
     def log_p(model, ids, mask):
@@ -472,10 +490,10 @@ def test_own_answers_give_the_gradient_of_the_reverse_kl(talks, settings, monkey
     by_hand = [p.grad.clone() for p in run.model.parameters()]
     run.model.zero_grad()
     total = [torch.zeros_like(p) for p in run.model.parameters()]
-    batches, _ = train.distill(run)
+    batches, _ = distill.start_on_policy(run)
     for token, share in enumerate(student.detach().exp().tolist()):
         answer = Request(prompt, ids=[token], logprobs=[0.0])
-        monkeypatch.setattr(train, 'rollouts', lambda *_, answer=answer: ([answer], None))
+        monkeypatch.setattr(rl, 'rollouts', lambda *_, answer=answer: ([answer], None))
         for x, y, w in batches(0):
             run.model(x, y, w)[1].backward()
         for sum_, p in zip(total, run.model.parameters()):
@@ -489,8 +507,8 @@ def test_own_answers_give_the_gradient_of_the_reverse_kl(talks, settings, monkey
 def test_soft_targets_give_the_gradient_of_the_kl(talks, settings, monkeypatch, top):
     settings(stage='distill', on_policy=False, teacher='x', teacher_top=top)
     run, guide = run_for(talks), tiny(1, **SHAPE)
-    given = list(train.read(run)[0](0))
-    got, _, _ = gradients_of(run, train.distill(run)[0], monkeypatch)
+    given = list(read_rows(run)[0](0))
+    got, _, _ = gradients_of(run, distill.start_on_data(run)[0], monkeypatch)
     total, count = 0.0, 0
     for x, y, _ in given:
         p = guide(x)[0].softmax(-1).detach()
@@ -525,7 +543,7 @@ def test_a_mixture_is_validated_by_its_shares(talks, settings, tmp_path):
     def losses(parts):
         run = run_for(talks)
         run.data = parts
-        return train.read(run)[1]()[0]
+        return read_rows(run)[1]()[0]
 
     both = losses({talks: 3.0, other: 1.0})
     alone = [losses({part: 1.0})['val_loss'] for part in (talks, other)]
@@ -549,9 +567,12 @@ def test_a_mixture_that_is_none_is_refused(name, words):
 
 
 def test_a_task_is_one_data_set(tmp_path):
-    assert train.one_of({tmp_path: 1.0}) == tmp_path
+    run = run_for(pairs_folder(tmp_path / 'pairs'))
+    run.config['block_size'] = 64
+    assert len(dpo.read_pairs(run, 'train').spans) == 8
+    run.data = {**run.data, tmp_path / 'b': 1.0}
     with pytest.raises(ValueError, match='takes one data set'):
-        train.one_of({tmp_path: 1.0, tmp_path / 'b': 1.0})
+        dpo.read_pairs(run, 'train')
 
 
 def test_data_sets_of_other_tokenizers_do_not_mix(talks, dataset, tmp_path):
@@ -595,7 +616,7 @@ def test_explain_prints_what_is_in_play_with_its_weight_and_loss(talks, taught, 
         (dict(dataset='{dataset}'), 'do not have the same tokenizer'),
         (dict(init_from='resume'), 'nothing is saved there yet: leave'),
         (dict(num_samples=1), 'ask for 2 or more'),
-        (dict(temperature=0.7), 'temperature: no such setting'),
+
     ],
 )
 def test_what_a_stage_cannot_do_is_said(talks, dataset, taught, tmp_path, changes, words):
@@ -605,6 +626,16 @@ def test_what_a_stage_cannot_do_is_said(talks, dataset, taught, tmp_path, change
     text = inside('train.py', *common(talks, tmp_path / 'out', source, **changes), ok=False)
     assert re.search(words, text)
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'stage, setting', [('rl', 'temperature=0.7'), ('sft', 'num_prompts=3'), ('dpo', 'teacher=x')]
+)
+def test_a_setting_of_another_room_is_refused(talks, taught, tmp_path, stage, setting):
+    text = inside(
+        'train.py', *common(talks, tmp_path / 'out', taught, stage=stage), f'--{setting}', ok=False
+    )
+    assert f'{setting.split("=")[0]}: no such setting' in text
 
 
 def test_a_run_does_not_go_on_with_another_reference(talks, taught, tmp_path):
@@ -626,13 +657,13 @@ def test_what_a_model_answers_becomes_a_data_set(
     """Right answers alone, with the masks of what it wrote; pairs of a right and a wrong one."""
     common = [f'--out_dir={taught}', f'--task={talks}', '--num_examples=20', '--num_samples=4']
     common += ['--max_new_tokens=6', '--device=cpu', '--dtype=float32']
-    inside('sample.py', *common, f'--write={tmp_path}/right')
-    inside('sample.py', *common, f'--write={tmp_path}/pairs', '--pairs=True')
+    inside('extras/write_answers.py', *common, f'--folder={tmp_path}/right')
+    inside('extras/write_answers.py', *common, f'--folder={tmp_path}/pairs', '--pairs=True')
     right, pairs = (Conversations(tmp_path / name, 'train', 65) for name in ('right', 'pairs'))
 
     def answers(texts):
         return [
-            Voice(LETTERS).hear(ids[np.argmax(mask) :].tolist(), last=True)
+            LETTERS.transcript(ids[np.argmax(mask) :].tolist())
             for ids, mask in map(texts.conversation, range(len(texts.spans)))
         ]
 
@@ -649,43 +680,59 @@ def test_a_task_is_graded_along_the_chain_of_runs(talks, taught, tmp_path):
     inside('train.py', *common(talks, tmp_path / 'out', taught, max_iters=30, eval_interval=30,
                                num_samples=16, warmup_iters=0, decay_lr=False))  # fmt: skip
     how = [f'--out_dir={tmp_path}/out', f'--task={talks}', '--num_examples=30', '--device=cpu']
-    text = inside('sample.py', *how, '--max_new_tokens=5', '--dtype=float32')
+    text = inside('extras/evaluate.py', *how, '--max_new_tokens=5', '--dtype=float32')
     assert re.search(rf'^{taught} +\d+\.\d%', text, re.M)
     assert re.search(rf'^{tmp_path}/out +100.0%', text, re.M)
     drawn = tmp_path / 'out' / 'stages.png'
     assert drawn.stat().st_size > 5000
     drawn.unlink()
-    inside('sample.py', *how, '--max_new_tokens=5', '--votes=2')
-    inside('sample.py', *how, '--max_new_tokens=5', '--tools=False')
+    inside('extras/evaluate.py', *how, '--max_new_tokens=5', '--votes=2')
+    inside('extras/evaluate.py', *how, '--max_new_tokens=5', '--tools=False')
     assert not drawn.exists()
     text = inside(
-        'sample.py', *how[1:], f'--out_dir={tmp_path}/out/ckpt.pt', '--max_new_tokens=5'
+        'extras/evaluate.py', *how[1:], f'--out_dir={tmp_path}/out/ckpt.pt', '--max_new_tokens=5'
     )
     assert re.search(rf'^{tmp_path}/out/ckpt.pt +100.0%', text, re.M) and drawn.exists()
 
 
 def test_a_run_that_knows_no_chat_tokens_is_not_graded(talks, taught, tmp_path, monkeypatch):
-    real = sample.load_model
+    real = evaluate.open_model
 
-    def load_model(source):
-        model, tokenizer, checkpoint = real(source)
+    def open_model(source, *how):
+        model, tokenizer, checkpoint = real(source, *how)
         if source == str(taught):
             model.config.vocab_size = tokenizer.special['<|end|>']
         return model, tokenizer, checkpoint
 
     inside('train.py', *common(talks, tmp_path / 'out', taught, max_iters=2, eval_interval=2))
-    monkeypatch.setattr(sample, 'load_model', load_model)
+    monkeypatch.setattr(evaluate, 'open_model', open_model)
     how = [f'--task={talks}', '--num_examples=4', '--device=cpu', '--max_new_tokens=3']
-    text = inside('sample.py', f'--out_dir={tmp_path}/out', *how)
+    text = inside('extras/evaluate.py', f'--out_dir={tmp_path}/out', *how)
     assert f'{tmp_path}/out ' in text and not re.search(rf'^{taught} ', text, re.M)
-    text = inside('sample.py', f'--out_dir={taught}', *how, ok=False)
+    text = inside('extras/evaluate.py', f'--out_dir={taught}', *how, ok=False)
     assert 'this model knows no chat tokens' in text
 
 
-@pytest.mark.parametrize('how', ['--write=there', '--pairs=True --task=arithmetic'])
-def test_what_writes_answers_is_asked_for_as_a_whole(how, taught, tmp_path):
-    text = inside('sample.py', f'--out_dir={taught}', *how.split(), cwd=tmp_path, ok=False)
-    assert '--write= goes with --task=' in text and not list(tmp_path.iterdir())
+def test_answers_need_a_folder_to_be_written_to(taught, tmp_path):
+    text = inside('extras/write_answers.py', f'--out_dir={taught}', cwd=tmp_path, ok=False)
+    assert '--folder= says where' in text and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'old, new',
+    [
+        ('--chat=True', 'extras.chat'),
+        ('--votes=8', 'extras.chat'),
+        ('--serve=True', 'extras.serve'),
+        ('--task=arithmetic', 'extras.evaluate'),
+        ('--write=there', 'extras.write_answers'),
+        ('--quantize=int8', 'extras.int8'),
+    ],
+)
+def test_who_types_an_old_setting_is_told_the_new_command(old, new):
+    text = inside('sample.py', old, ok=False)
+    assert f'that is now: python -m {new}' in text
+    assert re.search(rf'python -m {new}', vars(importlib.import_module(new))['__doc__'])
 
 
 def test_the_loop_does_not_contain_the_name_of_a_stage():
@@ -693,6 +740,7 @@ def test_the_loop_does_not_contain_the_name_of_a_stage():
 
     code = ''.join(map(
         inspect.getsource,
-        (train.loop, train.one_step, train.one_update, train.forward, train.assess, train.log),
+        (train.loop, train.one_step, train.update, train.apply_gradient, train.Run, train.assess,
+         train.log_step),
     ))
     assert not re.search(r'\b(rl|sft|dpo|pretrain|finetune|distill)\b', code)

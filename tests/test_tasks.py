@@ -12,9 +12,10 @@ from conftest import ROOT
 
 from data.arithmetic import prepare as arithmetic
 from data.arithmetic_text.prepare import text_of
-from data.files import DATA, script_of, task_of, tasks_of
+from data.files import DATA, load_script
 from data.rows import Conversations
-from data.tokenizer import Voice
+from data.tasks import task_of, tasks_of
+from data.tokenizer import Detokenizer
 
 WORLD = arithmetic.tokenizer()
 
@@ -25,7 +26,7 @@ def take(count, *how, **world):
 
 def as_people_see_it(tokenizer, messages):
     ids, in_play = tokenizer.render(messages)
-    return Voice(tokenizer).hear(ids[np.argmax(in_play) :], last=True)
+    return Detokenizer(tokenizer).push(ids[np.argmax(in_play) :], last=True)
 
 
 def test_worked_answers_earn_their_reward_and_nothing_else_does():
@@ -195,7 +196,7 @@ def test_the_text_to_learn_writing_from_holds_no_question_and_no_worked_answer()
 
 
 def test_small_talk_is_in_the_vocabulary_and_alternates():
-    smalltalk = script_of(DATA / 'smalltalk')
+    smalltalk = load_script(DATA / 'smalltalk')
     rng = random.Random(3)
     for _ in range(300):
         messages, _ = smalltalk.talk(rng)
@@ -244,7 +245,7 @@ def test_a_mixture_with_a_task_that_has_no_more_questions_ends(gsm8k):
 
 @pytest.mark.parametrize('name', ['arithmetic', 'smalltalk'])
 def test_conversations_are_prepared_with_their_masks(tmp_path, name):
-    made = script_of(DATA / name)
+    made = load_script(DATA / name)
     made.demonstrations, made.conversations, made.held_out = 40, 40, 10
     made.prepare(tmp_path)
     texts = Conversations(tmp_path, 'train', 400)
@@ -315,10 +316,10 @@ def test_smoltalk_takes_local_conversations(tmp_path, bpe):
     with open(tmp_path / 'talk.jsonl', 'w') as file:
         for i in range(20):
             print(json.dumps({'messages': talk[i % 2 :]}), file=file)
-    script_of(folder).fetch(str(tmp_path / '*.jsonl'), folder)
+    load_script(folder).fetch(str(tmp_path / '*.jsonl'), folder)
     texts = [Conversations(folder, split, 99) for split in ('train', 'val')]
     assert [len(split.spans) for split in texts] == [19, 1]
-    assert texts[0].cut == 0
+    assert texts[0].truncated == 0
     for i in range(19):
         ids, mask = texts[0].conversation(i)
         played = [token for token, mine in zip(ids.tolist(), mask, strict=True) if mine]

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 from conftest import TEXT
 
-from data.tokenizer import Tokenizer, Voice
+from data.tokenizer import Detokenizer, Tokenizer
 from data.tools import calculate, calculator, calls_in
 
 
@@ -173,7 +173,7 @@ def test_what_people_saw_of_an_answer_becomes_its_calls_again():
         },
     ]
     ids, in_play = tokenizer.render(talk)
-    seen = Voice(tokenizer).hear(ids[in_play.index(1) :], last=True)
+    seen = Detokenizer(tokenizer).push(ids[in_play.index(1) :], last=True)
     again = [talk[0], {'role': 'assistant', 'content': calls_in(seen)}]
     assert tokenizer.render(again) == (ids, in_play)
     assert calls_in('plain') == [{'type': 'text', 'text': 'plain'}]

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +14,14 @@ import torch
 from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 
 import train
-from assets.picture import picture, points, read_log
-from data import files
+from configurator import read_settings
+from data import files, rows, runs
 from data.files import read_meta
+from data.rows import read_rows
+from data.runs import read_checkpoint
 from data.tokenizer import Tokenizer
+from extras.plot import draw, points, read_log
 from model import GPT2
-from sample import read_checkpoint
 
 
 @pytest.fixture
@@ -47,24 +48,21 @@ def settings(monkeypatch, dataset):
 
 def make_run(dataset, model=None, **changes):
     model = model or tiny(block_size=16, vocab_size=40)
-    made = SimpleNamespace(
-        data={dataset: 1.0},
+    made = train.Run(
+        config={name: vars(train)[name] for name in read_settings(vars(train))},
+        stage=train.Stage(read_rows),
+        device='cpu',
+        dtype=torch.float32,
         rank=0,
         world=1,
-        device='cpu',
+        data={dataset: 1.0},
+        meta=read_meta(dataset),
+        tokenizer=Tokenizer(read_meta(dataset)['tokenizer']),
         model=model,
         network=model,
-        skipped=0,
-        stop=0,
-        asked_to_stop=0,
-        tokenizer=Tokenizer(read_meta(dataset)['tokenizer']),
-        dtype=torch.float32,
-        tokens=0,
-        notes={},
-        lineage=[{'init_from': 'scratch'}],
-        say=lambda text: None,
         optimizers=model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 0.02, torch.float32),
         scaler=torch.amp.GradScaler('cuda', enabled=False),
+        lineage=[{'init_from': 'scratch'}],
     )
     vars(made).update(changes)
     return made
@@ -147,7 +145,7 @@ def test_the_batch_of_a_step_is_the_same_for_every_number_of_processes(dataset, 
     def rows(world, step):
         parts = []
         for rank in range(world):
-            batches, _ = train.read(make_run(dataset, rank=rank, world=world))
+            batches, _ = read_rows(make_run(dataset, rank=rank, world=world))
             parts.append(torch.cat([torch.cat((x, y[:, -1:]), 1) for x, y, _ in batches(step)]))
         return sorted(torch.cat(parts).tolist())
 
@@ -162,7 +160,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(
         np.arange(800, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')  # a token is its place
     settings(batch_size=1, gradient_accumulation_steps=6, seed=seed)
     model = tiny(block_size=16, vocab_size=1000)
-    batches, _ = train.read(make_run(dataset, model, data={tmp_path: 1.0}))
+    batches, _ = read_rows(make_run(dataset, model, data={tmp_path: 1.0}))
     orders = []
     for epoch in range(3):  # (800 - 1) // 16 - 1 = 48 windows are 8 steps of 6 rows
         rows = [row for step in range(8 * epoch, 8 * epoch + 8) for row in batches(step)]
@@ -184,7 +182,7 @@ def test_evaluation_is_the_loss_over_every_target_once(dataset, settings):
     y[: last + 17 - len(val)] = -1
     assert 0 < (y >= 0).sum() < 16
     total += run.model(val[None, -17:-1], y[None])[1].item()
-    metrics, score = train.read(run)[1]()
+    metrics, score = read_rows(run)[1]()
     assert score == metrics['val_loss'] == pytest.approx(total / (len(val) - 1), rel=1e-5)
     assert metrics['val_bits_per_byte'] == pytest.approx(
         score / np.log(2), rel=1e-5
@@ -193,8 +191,8 @@ def test_evaluation_is_the_loss_over_every_target_once(dataset, settings):
     for rank in range(3):
         part = make_run(dataset, rank=rank, world=3)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'all_sum', lambda values, run: (sums.append(values), [1, 1, 1])[1])
-            train.read(part)[1]()
+            patch.setattr(rows, 'all_sum', lambda values: (sums.append(values), [1, 1, 1])[1])
+            read_rows(part)[1]()
     assert (sum(sums)[0] / sum(sums)[1]).item() == pytest.approx(score, rel=1e-5)
 
 
@@ -202,7 +200,7 @@ def test_eval_iters_caps_the_batches(dataset, settings):
     settings(eval_iters=2)
     run, seen = make_run(dataset), []
     run.network = lambda x, y, w: (seen.append(x.shape[0]), (None, torch.zeros(())))[1]
-    train.read(run)[1]()
+    read_rows(run)[1]()
     assert seen == [4, 4]
 
 
@@ -214,11 +212,11 @@ def test_schedules(settings):
         lr_decay_iters=0,
         min_lr=1e-4,
         learning_rate=1e-3,
-        warmdown=0.0,
+        lr_schedule='cosine',
     )
     assert [train.schedule(i) for i in (0, 9)] == pytest.approx([1 / 11, 10 / 11])
     assert [train.schedule(i) for i in (10, 60, 110, 500)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
-    settings(warmdown=0.5, min_lr=0.0)
+    settings(lr_schedule='linear', warmdown=0.5, min_lr=0.0)
     assert [train.schedule(i) for i in (10, 55, 82.5, 110)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
     settings(lr_decay_iters=50)
     assert train.schedule(60) == 0.0
@@ -254,9 +252,9 @@ def test_a_picture_has_the_runs_one_after_the_other_and_no_loss_of_weighed_answe
     assert points(read_log(tmp_path / 'rl'), 'reward', 2.0) == ([2.5], [0.5])
     assert read_log(tmp_path / 'none') == []
     target = tmp_path / 'stages.png'
-    picture([tmp_path / 'sft', tmp_path / 'rl'], target, 'both', [0.25, 0.75])
+    draw([tmp_path / 'sft', tmp_path / 'rl'], target, 'both', [0.25, 0.75])
     both = target.read_bytes()
-    picture([tmp_path / 'sft'], target, 'one')
+    draw([tmp_path / 'sft'], target, 'one')
     assert both[:4] == target.read_bytes()[:4] == b'\x89PNG' and both != target.read_bytes()
 
 
@@ -508,11 +506,10 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
         out_dir='out-shakespeare-char',
     ).items():
         monkeypatch.setattr(train, name, value)
-    made = SimpleNamespace(rank=0, local_rank=0, world=1, say=said.append)
-    train.find_data(made)
-    assert made.data == {tmp_path / 'data' / 'pydocs_char': 1.0}
-    assert made.config['dataset'] == 'pydocs_char' and made.config['out_dir'] == train.out_dir
-    assert (train.dataset, train.out_dir) == ('pydocs_char', 'out-pydocs-char')
+    monkeypatch.setattr(runs, 'say', said.append)
+    config = {name: vars(train)[name] for name in read_settings(vars(train))}
+    assert runs.choose_data(config, 0) == ('pydocs_char', 'out-pydocs-char')
+    assert (config['dataset'], config['out_dir']) == ('pydocs_char', 'out-pydocs-char')
     assert any('NOT SHAKESPEARE_CHAR' in line for line in said) and any(
         'cannot download' in line for line in said
     )
@@ -523,7 +520,7 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
     [
         (['--n_head=3'], 'does not divide into n_head = 3'),
         (['--dataset=nowhere'], 'there are:'),
-        (['--batch_size=0'], '--batch_size=0: must be at least 1'),
+        (['--batch_size=0'], 'batch_size=0: must be at least 1'),
         (['--stage=dream'], 'no such stage; there are: pretrain'),
         (['--block_size=4000'], 'make --block_size smaller'),
         (['--init_from=/nowhere'], 'no run there'),
