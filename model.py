@@ -18,12 +18,12 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int            # the data's: ids 0 .. vocab_size-1; the tables may have more rows
-    block_size: int = 1024     # the longest context, in tokens
-    n_layer: int = 12          # blocks
-    n_head: int = 12           # query heads; fewer, wider ones are cheaper on every device
-    n_kv_head: int = 0         # key and value heads, shared by groups of query heads; 0: n_head
-    n_embd: int = 768          # width
-    dropout: float = 0.0       # for many epochs over little data; 0 for pretraining on much
+    block_size: int = 1024     # the longest context, in tokens; at least 1
+    n_layer: int = 12          # blocks; at least 1
+    n_head: int = 12           # query heads; fewer, wider ones are cheaper; at least 1
+    n_kv_head: int = 0         # key and value heads, each for a group of queries; 0: n_head
+    n_embd: int = 768          # width; at least 1
+    dropout: float = 0.0       # for many epochs over little data; from 0 to 0.99
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
     norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
     position: str = 'rope'     # rope (arXiv:2104.09864) or learned
@@ -32,23 +32,17 @@ class GPTConfig:
     tied: bool = False         # one table for the embedding and the head
     zero_init: bool = True     # projections into the residual stream, and the head, start at zero
     x0: bool = True            # each block sees the embedding again, with a learned weight
-    ngrams: int = 1            # embed the last 2 .. ngrams tokens too (arXiv:2501.16975), hashed
-    ngram_rows: int = 32768    # into a table with this many rows
-    vocab_multiple: int = 64   # table rows are rounded up to this: matrix products like round sizes
+    ngrams: int = 1            # embed the last 2 .. ngrams tokens too (arXiv:2501.16975); at least 1
+    ngram_rows: int = 32768    # rows of the table that they are hashed into; at least 1
+    vocab_multiple: int = 64   # token tables have a multiple of this many rows; at least 1
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd',
-                     'ngrams', 'ngram_rows', 'vocab_multiple'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} = {getattr(self, name)}: must be at least 1')
         if self.n_embd % (self.n_head * (2 if self.position == 'rope' else 1)):
             raise ValueError(f'n_embd = {self.n_embd} does not divide into n_head = {self.n_head} '
                              'heads of an even width')
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head = {self.n_head} is no multiple of n_kv_head={self.n_kv_head}')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout = {self.dropout}: must be from 0 to less than 1')
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} = {getattr(self, name)!r}: choose one of {allowed}')
@@ -269,10 +263,12 @@ class GPT(nn.Module):
         return 6 * sum(m.weight.numel() for m in linears) + attention
 
     def parameter_groups(self, muon):
-        """-> the layers' matrices if muon is on (else none), other matrices and tables, the rest"""
-        hidden = [p for p in self.transformer.h.parameters() if muon and p.dim() == 2]
-        others = [p for p in self.parameters() if not any(p is h for h in hidden)]
-        return hidden, [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
+        """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""
+        hidden, tables, rest = [], [], []
+        for name, p in self.named_parameters():
+            of_layer = hidden if muon and name.startswith('transformer.h.') else tables
+            (of_layer if p.dim() >= 2 else rest).append(p)
+        return hidden, tables, rest
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0,
                              muon_dtype=torch.bfloat16):

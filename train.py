@@ -60,7 +60,6 @@ wandb_run_name = 'gpt2'      # and its name for this run
 gradient_accumulation_steps = 40   # microbatches in a step, over all processes; at least 1
 batch_size = 12              # rows in a microbatch: what fits into memory; at least 1
 block_size = 1024            # tokens in a row; at least 1
-dropout = 0.0                # for many epochs over little data; 0 for pretraining on much
 # the optimizers
 learning_rate = 6e-4         # AdamW's peak; at least 1e-9
 muon_lr = 0.0                # Muon's peak, on the layers' matrices; 0: AdamW alone; at least 0
