@@ -1,22 +1,18 @@
-"""
-Settings, and what `auto` means on this machine.
+"""Settings, and what `auto` means here.
 
-The settings of a script are the names assigned above its first function, those of a dataclass its
-fields; the comment behind each is its help, and its range if it ends in "at least 1" or "from 0 to
-1". Config files (Python) and --key=value are laid over them from left to right; the last one wins.
+A script's settings are the names assigned above its first function, a dataclass's its fields. The
+comment behind each is its help, and its range if it ends in "at least 1" or "from 0 to 1". Config
+files (Python) and --key=value are laid over them from left to right; the last one wins.
 """
 import ast
 import difflib
 import functools
-import importlib
 import inspect
-import io
 import re
 import sys
-import time
+import timeit
 import tokenize
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -24,18 +20,21 @@ KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str}
 WORDS = {'true': True, '1': True, 'false': False, '0': False, 'none': None}
 
 
-def read_settings(source):
-    """source: a script's globals(), a dataclass or an instance -> {name: (type, comment)}"""
-    if isinstance(source, dict):
-        return parse(Path(source['__file__']).read_text(encoding='utf-8'))
-    return parse(inspect.getsource(source if isinstance(source, type) else type(source)))
+def read_settings(*sources):
+    """sources: scripts' globals(), dataclasses or instances of one -> {name: (type, comment)}"""
+    found = {}
+    for source in reversed(sources):    # of two settings of one name, the first source's counts
+        kind = source if isinstance(source, type) else type(source)
+        found |= parse(Path(source['__file__']).read_text(encoding='utf-8') if kind is dict
+                       else inspect.getsource(kind))
+    return found
 
 
 @functools.cache
 def parse(text):
     body, found = ast.parse(text).body, {}
     comments = {token.start[0]: token.string.lstrip('# ')
-                for token in tokenize.generate_tokens(io.StringIO(text).readline)
+                for token in tokenize.generate_tokens(iter(text.splitlines(True)).__next__)
                 if token.type == tokenize.COMMENT}
     for node in body[0].body if isinstance(body[0], ast.ClassDef) else body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -65,9 +64,9 @@ def coerce(value, kind):
 
 
 def range_of(comment):
-    """'...; from 0 to 1' -> (0.0, 1.0), '...; at least 1' -> (1.0, inf), others -> None"""
-    found = re.search(r'(?:at least|from) (\S+?)(?: to (\S+))?$', comment)
-    return found and (float(found[1]), float(found[2] or 'inf'))
+    """'...; from 0 to 1' -> (0.0, 1.0), '...; at least 1' -> (1.0, inf)"""
+    found = re.search(r'(?:at least|from) (\S+?)(?: to (\S+))?$', comment) or [None] * 3
+    return float(found[1] or '-inf'), float(found[2] or 'inf')
 
 
 def run_file(path, values):
@@ -81,27 +80,26 @@ def run_file(path, values):
     except Exception as error:
         raise ValueError(f'{path}: fails with {type(error).__name__}: {error}') from None
     return {name: value for name, value in scope.items() if value is not values.get(name, scope)
-            and not name.startswith('_') and not isinstance(value, ModuleType)}
+            and not name.startswith('_') and not inspect.ismodule(value)}
 
 
 def lay(layers, sources):
     """Lay (layer, name, value)s over the defaults of sources. -> {name: value}, what is wrong"""
-    values, settings, problems = {}, {}, []
-    for source in reversed(sources):    # of two settings of one name, the first source's counts
+    values, settings, problems = {}, read_settings(*sources), []
+    for source in reversed(sources):
         get = source.get if isinstance(source, dict) else functools.partial(getattr, source)
         values.update({name: get(name) for name in read_settings(source)})
-        settings.update(read_settings(source))
     for layer, name, value in layers:
         kind, comment = settings.get(name, (None, ''))
         try:
             values[name] = coerce(value, kind) if kind else value
+            low, high = range_of(comment)
             if kind is None:
                 near = difflib.get_close_matches(name, settings, n=1)
-                moved = sources[0].get('MOVED', {}).get(name)
-                meant = (f'that is now: python -m {moved}; see its --help' if moved else
-                         f'did you mean {near[0]}?' if near else 'see --help, --stage=rl --help ...')
+                meant = f'did you mean {near[0]}?' if near else 'see --help'
+                meant = sources[0].get('MOVED', {}).get(name, meant)    # a setting of old
                 problems.append(f'{layer}: {name}: no such setting; {meant}')
-            elif (bounds := range_of(comment)) and not bounds[0] <= values[name] <= bounds[1]:
+            elif kind in (int, float) and not low <= values[name] <= high:
                 problems.append(f'{layer}: {name}={value}: must be {comment.rpartition("; ")[2]}')
         except (TypeError, ValueError, OverflowError):
             problems.append(f'{layer}: {name}={value!r} is not of type {kind.__name__}')
@@ -109,11 +107,9 @@ def lay(layers, sources):
 
 
 def configure(namespace, argv=None, others=lambda values: []):
-    """
-    Set a script's settings in namespace, its globals(), from argv (default: the command line).
+    """Set a script's settings in namespace, its globals(), from argv (None: the command line).
     others: {name: value} so far -> more sources, as a stage's globals(), which are set as well.
-    Ends the program, in one line, at a wrong setting. -> {name: value}, {name: layer that set it}
-    """
+    A wrong setting ends the program in one line. -> {name: value}, {name: layer that set it}"""
     layers, sources, argv = [], [namespace], sys.argv[1:] if argv is None else argv
     try:
         for arg in [*argv, '']:
@@ -127,9 +123,8 @@ def configure(namespace, argv=None, others=lambda values: []):
             elif arg not in ('-h', '--help', ''):
                 raise ValueError(f'{arg}: a setting is written --key=value')
         if {'-h', '--help'} & set(argv):
-            print((namespace['__doc__'] or '').strip() + '\n\nSettings and their values:\n')
-            comments = {name: pair[1] for s in sources for name, pair in read_settings(s).items()}
-            for name, comment in comments.items():
+            print(namespace['__doc__'], '\nSettings and their values:\n')
+            for name, (_, comment) in [p for s in sources for p in read_settings(s).items()]:
                 print(f'  --{name}={values[name]!r}'.ljust(42), comment)
             sys.exit(0)
         if problems:
@@ -142,49 +137,34 @@ def configure(namespace, argv=None, others=lambda values: []):
     return values, {name: layer for layer, name, _ in layers}
 
 
-def extra(name):
-    """-> the module extras/<name>.py, None in a copy of the repository without it"""
-    known = Path(__file__).with_name('extras').joinpath(f'{name}.py').exists()
-    return importlib.import_module(f'extras.{name}') if known else None
-
-
 def auto_device(device='auto', local_rank=0):
     """-> 'cuda:<local_rank>', 'mps' or 'cpu': the best here, or what was asked for (ValueError)."""
     available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
                  'cpu': True}
     if device == 'auto':
         device = next(kind for kind in available if available[kind])
-    kind = device.split(':')[0]
-    if kind not in available:
-        raise ValueError(f'--device={device}: choose cuda, mps or cpu')
-    too_high = kind == 'cuda' and int(device[5:] or 0) >= torch.cuda.device_count()
-    if not available[kind] or too_high:
-        raise ValueError(f'--device={device}: PyTorch finds no such device here; try --device=cpu')
+    kind, _, number = device.partition(':')
+    too_high = kind == 'cuda' and int(number or 0) >= torch.cuda.device_count()
+    if not available.get(kind) or too_high:
+        raise ValueError(f'--device={device}: PyTorch finds no such device; choose cuda, mps, cpu')
     return f'cuda:{local_rank}' if device == 'cuda' else device
 
 
 def auto_dtype(dtype, device):
     """-> torch dtype; auto: bf16 where faster (a CPU is measured), fp16 on old CUDA, else fp32."""
-    names = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        raise ValueError(f'--dtype={dtype}: choose auto, float32, bfloat16 or float16')
     if dtype == 'float16' and not device.startswith('cuda'):
         raise ValueError(f'--dtype=float16: only on CUDA; on {device} use bfloat16 or float32')
-    if dtype not in (*names, 'auto'):
-        raise ValueError(f'--dtype={dtype}: choose auto, {", ".join(names)}')
-    if dtype in names:
-        return names[dtype]
-    if device.startswith('cuda'):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    if device == 'cpu':
-        fast, full = cpu_flops(torch.bfloat16, 256), cpu_flops(torch.float32, 256)
-        return torch.bfloat16 if fast > 1.3 * full else torch.float32
-    return torch.float32
+    if dtype == 'auto' and device.startswith('cuda'):
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
+    elif dtype == 'auto':
+        faster = device == 'cpu' and cpu_flops(torch.bfloat16, 256) > 1.3 * cpu_flops(n=256)
+        dtype = 'bfloat16' if faster else 'float32'
+    return getattr(torch, dtype)
 
 
-def cpu_flops(dtype, n=1024):
+def cpu_flops(dtype=torch.float32, n=1024):
     """FLOP/s of this CPU in a product of two n x n matrices, the best of six."""
-    a, seconds = torch.ones(n, n, dtype=dtype), []
-    for _ in range(6):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / min(seconds)
+    a = torch.ones(n, n, dtype=dtype)
+    return 2 * n ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=6))

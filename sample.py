@@ -4,7 +4,7 @@ The one decoding loop: weights in, text out.
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 
-A row's context is at most block_size tokens: of a longer prompt its last ones. When a row has filled
+A row's context is at most block_size tokens: of a longer prompt the last. When a row has filled
 that window, its later half is read again as the new context, so a sample can be of any length.
 """
 import copy
@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import auto_device, auto_dtype, configure, extra
+from configurator import auto_device, auto_dtype, configure
+from data.files import extra
 from data.runs import load_model
 from data.tokenizer import Detokenizer
 
@@ -33,9 +34,9 @@ dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 compile = False         # torch.compile the model
 
 
-MOVED = {   # settings of old, and the programs that do it now
-    'chat': 'extras.chat', 'votes': 'extras.chat', 'serve': 'extras.serve',
-    'task': 'extras.evaluate', 'quantize': 'extras.int8', 'write': 'extras.write_answers'}
+MOVED = {old: f'use python -m extras.{room}' for old, room in zip(   # once settings of this file
+    'chat votes serve task quantize write'.split(),
+    'chat chat serve evaluate int8 write_answers'.split(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ class Request:
     logprobs: list = field(default_factory=list)    # of each id when drawn; None: from the tool
     reason: str = ''            # why it ended: end, length, cancelled; '': it has not
 
-    @property
-    def in_play(self):
-        """For each id, the prompt's too: whether the model itself drew it."""
-        return [False] * len(self.prompt) + [p is not None for p in self.logprobs]
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError('a request needs a prompt of at least one token')
 
 
 class KVCache:
@@ -124,7 +124,7 @@ class KVCache:
         return self.k[layer, :, :self.span], self.v[layer, :, :self.span]
 
     def advance(self, x, recent):
-        """Count what was read. x: (B, T, C), recent: tail and idx -> each row's last x, (B, 1, C)"""
+        """Count what was read. x: (B, T, C), recent: tail, idx -> each row's last x, (B, 1, C)"""
         self.pos += self.lengths
         last = torch.arange(self.tail.shape[1], device=x.device) + self.lengths[:, None]
         self.tail.copy_(recent.gather(1, last))
@@ -171,7 +171,7 @@ def draw(logits, requests, rngs):
     return ids[:, 0].tolist(), probs.gather(1, ids)[:, 0].log().tolist()
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A row of the cache while a request has it."""
     request: Request
@@ -199,7 +199,9 @@ def decode(model, requests, rows):
             source = source if request is not False else None
             if not request:
                 break
-            live.append(admit(request, len(live), cache))
+            cache.truncate(len(live), [])
+            live.append(Row(request, request.prompt[-cache.block_size:],
+                            np.random.default_rng(request.seed)))
         if not live and source:
             yield None
         for i, row in enumerate(live):
@@ -225,8 +227,7 @@ def step(model, cache, live, first, last):
 
 
 def read_pending(model, cache, live):
-    """A single row reads all that it has pending, several one token each.
-    -> the rows that have nothing left to read, their logits (rows, V)"""
+    """One row reads all it has pending, several a token each. -> rows that are done, logits"""
     rows = len(cache.pos)       # on a GPU there may be more than live ones: they read padding
     idx = np.full((rows, len(live[0].pending) if rows == 1 else 1), -1)
     ready = []
@@ -257,8 +258,7 @@ def emit(row, token, logprob):
 
 
 def release(live, cache):
-    """Free the rows whose requests have ended; the last row moves into the gap. Yields cancelled
-    requests."""
+    """Free rows whose requests have ended, the last row filling the gap. Yields cancelled ones"""
     for i in reversed(range(len(live))):
         request = live[i].request
         if request.cancelled and not request.reason:
@@ -271,26 +271,16 @@ def release(live, cache):
                 cache.copy_row(len(live), i, row.held)
 
 
-def admit(request, i, cache):
-    """-> row i, given to a request"""
-    if not request.prompt:
-        raise ValueError('a request needs a prompt of at least one token')
-    cache.truncate(i, [])
-    return Row(request, request.prompt[-cache.block_size:], np.random.default_rng(request.seed))
-
-
 def share_prompt(live, i, cache):
     """Let a new row copy its prompt, all but the last token, from an earlier row with the same."""
-    row = live[i]
-    if row.held or row.slid:
-        return
-    for j in range(i):
-        if not live[j].slid and live[j].request.prompt == row.request.prompt:
-            *read, last = row.pending
-            cache.copy_row(j, i, len(read))
-            cache.truncate(i, read)
-            row.pending, row.held = [last], len(read)
-            return
+    row, same = live[i], (j for j in range(i) if not live[j].slid
+                          and live[j].request.prompt == live[i].request.prompt)
+    twin = None if row.held or row.slid else next(same, None)
+    if twin is not None:
+        *read, last = row.pending
+        cache.copy_row(twin, i, len(read))
+        cache.truncate(i, read)
+        row.pending, row.held = [last], len(read)
 
 
 def generate(model, prompts, max_new_tokens, sampling=Sampling(), seed=0, **how):
@@ -316,7 +306,7 @@ def open_model(source, device='auto', dtype='auto'):
 def read_prompt(tokenizer, model):
     """-> the text of --start, and its ids"""
     text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
-    prompt = tokenizer.encode(text, special=['<|endoftext|>']) or [tokenizer.end or 0]
+    prompt = tokenizer.encode(text, special=['<|endoftext|>']) or tokenizer.begin
     if len(prompt) > model.config.block_size:
         print(f'the prompt has {len(prompt)} tokens; the model sees the last '
               f'{model.config.block_size}', file=sys.stderr)
@@ -324,13 +314,12 @@ def read_prompt(tokenizer, model):
 
 
 def main(transform=lambda model: model):
-    """Print num_samples texts, the first as it is written. transform: what is done to the model"""
+    """Print num_samples texts, the first as it is written."""
     config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8, top_k=200)])
     try:
-        source = out_dir if init_from == 'resume' else init_from
-        model, tokenizer, _ = open_model(source, device, dtype)
-        model = transform(model)
-        text, prompt = read_prompt(tokenizer, model)
+        run = out_dir if init_from == 'resume' else init_from
+        model, tokenizer, _ = open_model(run, device, dtype)
+        text, prompt = read_prompt(tokenizer, transform(model))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     network = torch.compile(model, dynamic=True) if compile else model

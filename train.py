@@ -4,8 +4,7 @@ The one training loop: text in, weights out. Every stage of making a language mo
     loss = - sum of w * log p(y | x) / N      over the N tokens in play (y != -1) of a step,
 
 weighted next-token prediction, so a stage is only a generator of batches (x, y, w) and a way to
-evaluate. Text and conversations (pretrain, finetune, sft) are read here; each file of stages/ is
-another stage, which the loop below does not know.
+evaluate: read_rows() of data/rows.py for text and conversations, else a file of stages/.
 
     python train.py config/train_shakespeare_char.py                                # a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
@@ -13,10 +12,8 @@ another stage, which the loop below does not know.
 import contextlib
 import importlib
 import itertools
-import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -29,13 +26,13 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from configurator import auto_device, auto_dtype, configure, extra
-from data.files import mixture_of, read_metas, say
+from configurator import auto_device, auto_dtype, configure
+from data import runs
+from data.files import extra, mixture_of, read_metas, say
 from data.rows import TEXT_STAGES, all_sum, read_rows
-from data.runs import check, choose_data, make_model, open_folder, out_of_memory, restore, save
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from sample import Sampling, generate
+from sample import generate
 
 # what to do, from what, to where
 stage = 'pretrain'           # pretrain, finetune (the same), sft, or a file of stages/: rl, dpo ...
@@ -129,11 +126,19 @@ class Run:
 
     def forward(self, network, *batch):
         """A network's forward in this run's precision; batch is moved to the device if needed."""
+        batch = [t for t in batch if t is not None]
         if self.device.startswith('cuda'):      # pinned, so that the copy overlaps the GPU's work
-            batch = [t.pin_memory() if t is not None and not t.is_cuda else t for t in batch]
-        batch = [t if t is None else t.to(self.device, non_blocking=True) for t in batch]
+            batch = [t if t.is_cuda else t.pin_memory() for t in batch]
+            batch = [t.to(self.device, non_blocking=True) for t in batch]
         with torch.autocast(self.device.split(':')[0], self.dtype, self.dtype != torch.float32):
             return network(*batch)
+
+    @torch.no_grad()
+    def log_probs(self, network, x, y):
+        """-> log p(y | x) under a network, 0 where y is not in play: (B, T)"""
+        logits = self.forward(network, x)[0].float()
+        return -nn.functional.cross_entropy(logits.transpose(1, 2), y.to(logits.device),
+                                            ignore_index=-1, reduction='none')
 
 
 SCHEDULES = {   # the learning rate after the warm-up, from 1 to 0, at a step of a decay to step end
@@ -182,11 +187,8 @@ def loop(run, batches, evaluate):
             losses, since = [], (run.seconds, run.tokens)
     bar.close()
     if run.stop and not eval_only:
-        save(run, Path(out_dir, 'ckpt.pt'))
-        rest = shlex.join(a for a in sys.argv[1:] if not a.startswith('--init_from'))
-        launcher = 'python' if run.world == 1 else 'torchrun ...'
-        say(f'stopped and saved after step {run.step}; to go on: '
-            f'{launcher} train.py {rest} --init_from=resume')
+        runs.save(run, Path(out_dir, 'ckpt.pt'))
+        say(f'stopped and saved after step {run.step}; {runs.how_to_resume(run)}')
 
 
 def one_step(run, batches, step):
@@ -261,7 +263,7 @@ def log_step(run, losses, norm, seconds, tokens):
     run.notes, names = {}, list(run.notes)
     notes = dict(zip(names, all_sum(means / run.world), strict=True))
     loss = float(np.mean(losses))
-    log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu, **notes)
+    runs.log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu, **notes)
     say(f'step {run.step}: loss {loss:.4f}, {1e3 * seconds / len(losses):.0f} ms, '
         f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if mfu else '')
         + ''.join(f', {name} {value:.3g}' for name, value in notes.items())
@@ -276,30 +278,19 @@ def assess(run, evaluate):
     report = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
     say(f'step {run.step}: {report}, after {run.seconds:.1f} s of training')
     if not eval_only:
-        log(run, **metrics)
+        runs.log(run, **metrics)
         if score < run.best:
             run.best = score
-            save(run, Path(out_dir, 'best.pt'))
+            runs.save(run, Path(out_dir, 'best.pt'))
         if always_save_checkpoint or run.best == score or run.step >= max_iters:
-            save(run, Path(out_dir, 'ckpt.pt'))
+            runs.save(run, Path(out_dir, 'ckpt.pt'))
     if run.rank == 0 and not eval_only:
         if plot := extra('plot'):
             plot.draw([out_dir], Path(out_dir, 'loss.png'), f'{stage} on {dataset}')
         if sample_tokens:
-            prompt = [run.tokenizer.end or 0]
-            ids = generate(run.model, [prompt], sample_tokens, Sampling(), seed)[0]
+            ids = generate(run.model, [run.tokenizer.begin], sample_tokens, seed=seed)[0]
             say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
     run.model.train()
-
-
-def log(run, **metrics):
-    line = dict(step=run.step, tokens=run.tokens, seconds=run.seconds, **metrics)
-    if run.rank == 0:
-        with open(Path(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as file:
-            file.write(json.dumps(line) + '\n')
-        if wandb_log:
-            import wandb
-            wandb.log(line)
 
 
 def find_stage(values):
@@ -339,12 +330,12 @@ def make_run(config):
     global dataset, out_dir
     module = find_stage(config)
     kind = Stage(**module.stage()) if module else Stage(read_rows)
-    check(config, kind, SCHEDULES)
+    runs.check(config, kind, SCHEDULES)
     rank, world, local_rank, where, precision = join_processes()
-    dataset, out_dir = choose_data(config, local_rank)
+    dataset, out_dir = runs.choose_data(config, local_rank)
     data = mixture_of(dataset)
     meta = read_metas(data, check=not dry_run)
-    model, checkpoint = make_model(config, meta)
+    model, checkpoint = runs.make_model(config, meta)
     resumed = init_from == 'resume' and bool(checkpoint)
     if resumed and dtype == 'auto':     # measured when it began; a busy machine may differ
         precision = getattr(torch, checkpoint['config'].get('dtype', 'auto'), precision)
@@ -359,7 +350,8 @@ def make_run(config):
     begun = {'stage': stage, 'dataset': dataset, 'init_from': init_from, 'data': meta['hashes']}
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,
-        data=data, meta=meta, tokenizer=None if dry_run else Tokenizer(meta['tokenizer']), model=model, network=network,
+        data=data, meta=meta, model=model, network=network,
+        tokenizer=None if dry_run else Tokenizer(meta['tokenizer']),
         optimizers=model.configure_optimizers(
             weight_decay, learning_rate, (beta1, beta2), muon_lr,
             torch.bfloat16 if precision == torch.bfloat16 else torch.float32),
@@ -378,22 +370,23 @@ def main():
         if dry_run:
             return
         if checkpoint:
-            restore(run, checkpoint)
+            runs.restore(run, checkpoint)
         batches, evaluate = run.stage.start(run)
         if explain:
             from extras.explain import show
             return show(run, next(batches(run.step), None))
         if not eval_only:
-            open_folder(run, resumed=bool(checkpoint))
+            runs.open_folder(run, resumed=bool(checkpoint))
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, run.finish)
         loop(run, batches, evaluate)
+        all_sum(torch.zeros(1))     # so that the processes end together
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     except ImportError as error:
         sys.exit(f'{error}: pip install {error.name}')
     except (RuntimeError, MemoryError) as error:
-        sys.exit(out_of_memory(error, config))
+        sys.exit(runs.out_of_memory(error, config))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

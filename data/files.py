@@ -236,6 +236,12 @@ def by_hand(prepare, *args):
         sys.exit(str(error))
 
 
+def extra(name):
+    """-> the module extras/<name>.py, None in a copy of the repository without it"""
+    known = DATA.parent.joinpath('extras', f'{name}.py').exists()
+    return importlib.import_module(f'extras.{name}') if known else None
+
+
 def load_script(folder):
     """-> the module folder/prepare.py"""
     spec = importlib.util.spec_from_file_location(f'data.{folder.name}.prepare',

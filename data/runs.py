@@ -8,7 +8,9 @@ import json
 import math
 import os
 import pickle
-from dataclasses import asdict, fields
+import shlex
+import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from data.files import DATA, find_data, read_meta, say, write
 from data.rows import TEXT_STAGES, all_sum
 from data.tokenizer import Tokenizer
-from model import GPT, GPT2, GPTConfig, widened
+from model import GPT, GPT2, GPTConfig
 
 
 def step_tokens(config):
@@ -120,6 +122,23 @@ def truncate_log(path, step):
     write(path, lambda file: file.write(text))
 
 
+def log(run, **metrics):
+    """Append a line to the run's log.jsonl, and to Weights & Biases if that is asked for."""
+    line = dict(step=run.step, tokens=run.tokens, seconds=run.seconds, **metrics)
+    if run.rank == 0:
+        with open(Path(run.config['out_dir'], 'log.jsonl'), 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+        if run.config['wandb_log']:
+            import wandb
+            wandb.log(line)
+
+
+def how_to_resume(run):
+    rest = shlex.join(a for a in sys.argv[1:] if not a.startswith('--init_from'))
+    launcher = 'python' if run.world == 1 else 'torchrun ...'
+    return f'to go on: {launcher} train.py {rest} --init_from=resume'
+
+
 def save(run, path):
     """Write a run's checkpoint under a temporary name, flush, rename: one is always whole."""
     if run.rank:
@@ -210,6 +229,20 @@ def load_model(source, dropout=0.0):
                          f'({str(error).splitlines()[0]})') from None
 
 
+@torch.no_grad()
+def widen(model, vocab_size):
+    """-> the same model with room for more tokens; each starts as the mean of the known ones."""
+    known, weights = model.config.vocab_size, model.state_dict()
+    wider = GPT(replace(model.config, vocab_size=vocab_size))
+    for name, p in wider.state_dict().items():
+        old = weights[name]
+        if name in ('transformer.wte.weight', 'lm_head.weight'):
+            p[:known], p[known:] = old[:known], old[:known].mean(0)
+        else:
+            p.copy_(old)
+    return wider
+
+
 def load_fitting(source, config, meta):
     """-> a model that fits the data and the settings of a run, and its checkpoint (ValueError)"""
     model, tokenizer, checkpoint = load_model(source, config['dropout'])
@@ -217,7 +250,7 @@ def load_fitting(source, config, meta):
     if tokenizer.spec != meta['tokenizer'] and not config['dry_run']:
         raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
     if config['stage'] not in TEXT_STAGES and model.config.vocab_size < meta['vocab_size']:
-        model = widened(model, meta['vocab_size'])      # GPT-2 knows no chat tokens
+        model = widen(model, meta['vocab_size'])      # GPT-2 knows no chat tokens
     if block_size > model.config.block_size:
         raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
     return model, checkpoint

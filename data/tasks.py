@@ -47,6 +47,11 @@ def tasks_of(parts):
         reward=lambda drawn, answer: tasks[drawn[0]].reward(drawn[1], answer))
 
 
+def in_play(request):
+    """-> for each id of a request, the prompt's too: whether the model itself drew it"""
+    return [False] * len(request.prompt) + [p is not None for p in request.logprobs]
+
+
 def has_chat_tokens(model, tokenizer):
     """Whether a model has the tokens that begin and end a message."""
     return max(tokenizer.special.values(), default=math.inf) < model.config.vocab_size

@@ -77,6 +77,11 @@ class Tokenizer:
             {' ' + word for word in words} | {word for word in words if word[0].isupper()})})
 
     @property
+    def begin(self):
+        """The ids that begin a document: of an empty prompt."""
+        return [self.special.get('<|endoftext|>', 0)]
+
+    @property
     def end(self):
         """The id that ends a document; None where there is none, as in nanoGPT's characters."""
         return self.special.get('<|endoftext|>')

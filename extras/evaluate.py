@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 
-from configurator import configure, extra
-from data.files import DATA
+from configurator import configure
+from data.files import DATA, extra
 from data.runs import folder_of, load_model
 from data.tasks import answer_questions, has_chat_tokens, majority_vote, task_of
 from sample import Sampling, open_model

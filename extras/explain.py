@@ -2,7 +2,6 @@
 import sys
 
 import torch
-from torch.nn import functional as F
 
 
 @torch.no_grad()
@@ -13,8 +12,7 @@ def show(run, batch):
     run.model.eval()
     x, y, w = batch
     target = y if y.dim() == 2 else y[..., 0]   # the likeliest of several targets
-    logits = run.forward(run.model, x)[0].float().transpose(1, 2)
-    losses = F.cross_entropy(logits, target.to(logits.device), ignore_index=-1, reduction='none')
+    losses = -run.log_probs(run.model, x, target)
     w = torch.ones(y.shape) if w is None else w.expand(y.shape)
     w = w if w.dim() == 2 else w[..., 0]
     for row in range(len(x)):

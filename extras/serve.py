@@ -63,8 +63,9 @@ FIELDS = {
     'stream_options': (dict, None), 'echo': (bool, False), 'logprobs': ((int, bool), None),
     **{f.name: (f.type, f.default) for f in fields(Sampling)}}
 LIMITS = {'max_tokens': (0, 100_000), 'max_completion_tokens': (1, 100_000), 'n': (1, 16),
-          'seed': (0, 2 ** 63 - 1), 'logprobs': (0, 20), 'temperature': (0, 2)}
-LIMITS = {name: range_of(text) for name, (_, text) in read_settings(Sampling).items()} | LIMITS
+          'seed': (0, 2 ** 63 - 1), 'logprobs': (0, 20)}
+LIMITS |= {name: range_of(text) for name, (_, text) in read_settings(Sampling).items()}
+LIMITS['temperature'] = 0, 2    # OpenAI's
 
 
 class Refusal(Exception):
@@ -88,7 +89,7 @@ def read(body, chat):
         raise Refusal('the body is not a JSON object')
     fields = {name: default for name, (_, default) in FIELDS.items()}
     for name, value in asked.items():
-        if value is None or name not in FIELDS:     # clients send more fields than a small server knows
+        if value is None or name not in FIELDS:     # clients send more than a small server knows
             continue
         kinds = FIELDS[name][0] if isinstance(FIELDS[name][0], tuple) else (FIELDS[name][0],)
         number = isinstance(value, int) and not isinstance(value, bool)

@@ -14,7 +14,7 @@ import numpy as np
 
 from configurator import configure
 from data.files import DATA, write_texts
-from data.tasks import answer_questions, task_of
+from data.tasks import answer_questions, in_play, task_of
 from sample import Sampling, open_model
 
 out_dir = 'out'         # the run that answers
@@ -38,7 +38,7 @@ def choose(requests, rewards, end):
     wrong = [request for request, reward in graded if reward <= 0.5]
     if pairs:
         correct = [correct[0], wrong[0]] if correct and wrong else []
-    return [(request.prompt + request.ids, request.in_play) for request in correct]
+    return [(request.prompt + request.ids, in_play(request)) for request in correct]
 
 
 def write_answers(model, tokenizer, questions, sampling):

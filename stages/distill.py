@@ -39,8 +39,8 @@ def start_on_policy(run):
         requests, _ = rl.rollouts(run, task, step)
         examples = [rl.example_of(request, 1) for request in requests]
         for x, y, _ in rl.microbatches(run, examples):
-            yield x, y, (rl.token_log_probs(run, guide, x, y)
-                         - rl.token_log_probs(run, run.model, x, y))
+            yield x, y, (run.log_probs(guide, x, y)
+                         - run.log_probs(run.model, x, y))
 
     return batches, lambda: rl.evaluate(run, task)
 

@@ -10,8 +10,8 @@ gradient of log p(rejected) - log p(chosen), so the weights of the loss -sum w *
 
     w = +beta * sigmoid(-m) for the chosen one's tokens, -beta * sigmoid(-m) for the rejected one's
 
-with m taken without gradient. DPO's loss is a mean over pairs, where N counts tokens: w is therefore
-multiplied by the tokens in play of the whole step and divided by its pairs.
+with m taken without gradient. DPO's loss is a mean over pairs, where N counts tokens: w is
+therefore multiplied by the tokens in play of the whole step and divided by its pairs.
 """
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from data.files import say
 from data.rows import Conversations, pad
 from data.runs import load_reference
-from stages.rl import token_log_probs
 
 dpo_beta = 0.1               # how soon a pair counts as told apart; at least 0
 
@@ -97,5 +96,5 @@ def log_probs(run, model, split, pairs, batch_pairs):
     found = []
     for i in range(0, len(pairs), batch_pairs):
         x, y, _ = pad(texts(split, pairs[i:i + batch_pairs]))
-        found.append(token_log_probs(run, model, x, y).sum(1).view(-1, 2))
+        found.append(run.log_probs(model, x, y).sum(1).view(-1, 2))
     return torch.cat(found)

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 from data.files import say
 from data.rows import all_sum, pad
 from data.runs import load_reference
-from data.tasks import answer_questions, tasks_of
+from data.tasks import answer_questions, in_play, tasks_of
 from sample import Sampling
 
 num_prompts = 16             # questions in a step, over all processes together; at least 1
@@ -58,11 +57,11 @@ def start(run):
         run.note(dead_groups=dead)
         if (step + 1) % run.config['log_interval'] == 0:
             run.note(kl=kl_estimate(run, reference, requests[::num_samples]))
-        before = [token_log_probs(run, run.model, x, y) for x, y, _ in rows] if updates > 1 else []
+        before = [run.log_probs(run.model, x, y) for x, y, _ in rows] if updates > 1 else []
         for update in range(updates):
             for i, (x, y, w) in enumerate(rows):
                 if update:      # the policy has moved since it sampled
-                    w = clipped(w, (token_log_probs(run, run.model, x, y) - before[i]).exp())
+                    w = clipped(w, (run.log_probs(run.model, x, y) - before[i]).exp())
                 yield x, y, w
             yield None          # the weights are updated here
 
@@ -111,7 +110,7 @@ def weigh(requests, rewards):
 
 def example_of(request, weight):
     """-> ids, in play, weight: in play is what the model itself sampled"""
-    return np.array(request.prompt + request.ids), np.array(request.in_play), weight
+    return np.array(request.prompt + request.ids), np.array(in_play(request)), weight
 
 
 def merge_duplicates(examples):
@@ -123,9 +122,9 @@ def merge_duplicates(examples):
     for example in examples:
         same.setdefault((example[0].tobytes(), example[1].tobytes()), []).append(example)
     merged = [(*group[0][:2], sum(weight for *_, weight in group)) for group in same.values()]
-    sizes = [float(sum(in_play.sum() for _, in_play, _ in each)) for each in (merged, examples)]
+    sizes = [float(sum(mask.sum() for _, mask, _ in each)) for each in (merged, examples)]
     read, whole = all_sum(torch.tensor(sizes))
-    return [(ids, in_play, weight * read / max(1, whole)) for ids, in_play, weight in merged]
+    return [(ids, mask, weight * read / max(1, whole)) for ids, mask, weight in merged]
 
 
 def microbatches(run, examples):
@@ -149,20 +148,12 @@ def clipped(w, ratio):
     return (ratio * w.to(ratio)).masked_fill(far, 0.0)
 
 
-@torch.no_grad()
-def token_log_probs(run, model, x, y):
-    """-> log p(y | x) under a model, 0 where y is not in play: (B, T)"""
-    logits = run.forward(model, x)[0].float()
-    return -F.cross_entropy(logits.transpose(1, 2), y.to(logits.device), ignore_index=-1,
-                            reduction='none')
-
-
 def kl_estimate(run, reference, requests):
     """How far the policy is from the reference: log p - log p_reference, mean over its samples."""
     total = torch.zeros(2)
     for x, y, _ in microbatches(run, [example_of(request, 1) for request in requests]):
-        log_ratio = (token_log_probs(run, run.model, x, y)
-                     - token_log_probs(run, reference, x, y))
+        log_ratio = (run.log_probs(run.model, x, y)
+                     - run.log_probs(reference, x, y))
         total += torch.tensor([log_ratio.sum().item(), (y >= 0).sum()])
     return (total[0] / total[1]).item()
 

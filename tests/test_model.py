@@ -8,9 +8,9 @@ import torch
 from conftest import FAMILIES, tiny
 from torch.nn import functional as F
 
-from data.runs import load_model
+from data.runs import load_model, widen
 from extras.gpt2 import load_gpt2
-from model import GPT2, GPTConfig, Muon, orthogonalize, rotary, rotate, widened
+from model import GPT2, GPTConfig, Muon, orthogonalize, rotary, rotate
 from sample import KVCache
 
 
@@ -310,7 +310,7 @@ def test_the_two_families_differ_in_what_the_table_says():
 @pytest.mark.parametrize('family', FAMILIES)
 def test_a_widened_model_says_the_same_of_the_tokens_it_knew(family):
     model = tiny(**{**FAMILIES[family], 'vocab_size': 50})
-    wider = widened(model, 57).eval()
+    wider = widen(model, 57).eval()
     idx = torch.randint(50, (2, 9))
     old, new = model(idx)[0], wider(idx)[0]
     assert new.shape == (2, 9, 57)

@@ -56,7 +56,8 @@ def test_every_command_is_accepted(command):
 
 
 def test_the_readme_names_files_that_are_there_and_measures_with_commands_that_exist():
-    paths = re.findall(r'\b((?:config|data|tests|assets|stages|extras)/[\w/]+\.(?:py|png|html))', README)
+    folders = 'config|data|tests|assets|stages|extras'
+    paths = re.findall(rf'\b((?:{folders})/[\w/]+\.(?:py|png|html))', README)
     assert len(set(paths)) >= 8
     assert not [path for path in paths if not (ROOT / path).exists()]
 

@@ -231,9 +231,8 @@ def test_the_rl_gradient_is_reinforce_by_hand(
     """Of a token each, some answers are the same: those are read once, with all their weights."""
     settings(max_new_tokens=length, num_samples=16 if length == 1 else 4)
     run, asked = run_for(talks), []
-    monkeypatch.setattr(
-        rl, 'answer_questions', lambda *a, **k: (asked.append(answer_questions(*a, **k)), asked[-1])[1]
-    )
+    spy = lambda *a, **k: (asked.append(answer_questions(*a, **k)), asked[-1])[1]  # noqa: E731
+    monkeypatch.setattr(rl, 'answer_questions', spy)
     batches, _ = rl.start(run)
     got, (_, count, _), _ = gradients_of(run, batches, monkeypatch)
     requests, rewards = asked[0]
@@ -731,7 +730,7 @@ def test_answers_need_a_folder_to_be_written_to(taught, tmp_path):
 )
 def test_who_types_an_old_setting_is_told_the_new_command(old, new):
     text = inside('sample.py', old, ok=False)
-    assert f'that is now: python -m {new}' in text
+    assert f'no such setting; use python -m {new}' in text
     assert re.search(rf'python -m {new}', vars(importlib.import_module(new))['__doc__'])
 
 
