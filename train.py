@@ -31,7 +31,7 @@ from data import runs
 from data.files import extra, mixture_of, read_metas, say
 from data.rows import TEXT_STAGES, all_sum, read_rows
 from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, token_log_probs
 from sample import generate
 
 # what to do, from what, to where
@@ -136,9 +136,8 @@ class Run:
     @torch.no_grad()
     def log_probs(self, network, x, y):
         """-> log p(y | x) under a network, 0 where y is not in play: (B, T)"""
-        logits = self.forward(network, x)[0].float()
-        return -nn.functional.cross_entropy(logits.transpose(1, 2), y.to(logits.device),
-                                            ignore_index=-1, reduction='none')
+        logits = self.forward(network, x)[0]
+        return token_log_probs(logits, y.to(logits.device))
 
 
 SCHEDULES = {   # the learning rate after the warm-up, from 1 to 0, at a step of a decay to step end
