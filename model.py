@@ -59,17 +59,12 @@ def relu2(x):
 
 # name: the function, and its input and output width in n_embd (a gated one reads twice its output)
 ACTIVATIONS = {'relu2': (relu2, 4, 4), 'gelu': (F.gelu, 4, 4), 'gelu_tanh': (nn.GELU('tanh'), 4, 4)}
-CHOICES = {'norm': ('rms', 'layer'), 'position': ('rope', 'learned'),
-           'activation': tuple(ACTIVATIONS)}
+NORMS = {'rms': lambda config: nn.RMSNorm(config.n_embd, elementwise_affine=False),
+         'layer': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias)}
+CHOICES = {'norm': tuple(NORMS), 'position': ('rope', 'learned'), 'activation': tuple(ACTIVATIONS)}
 # What turns the modern default into GPT-2 (nanoGPT's; OpenAI's weights want gelu_tanh).
 GPT2 = dict(bias=True, norm='layer', position='learned', qk_norm=False, activation='gelu',
             tied=True, zero_init=False, x0=False, vocab_multiple=1)
-
-
-def make_norm(config):
-    if config.norm == 'rms':
-        return nn.RMSNorm(config.n_embd, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 def rotary(block_size, width, base=10000.0):
@@ -89,6 +84,7 @@ def rotate(x, rope):
 class Context:
     """Where the tokens of a batch stand and which keys each may see: one for all blocks."""
     positions: torch.Tensor    # (B or 1, T)
+    tail: torch.Tensor         # (B, ngrams - 1), the ids before idx, -1 for none
     mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: all, or
     is_causal: bool = False    # each token those up to itself, which needs no mask
     rope: torch.Tensor = None  # (2, B or 1, T, 1, D), the angles of these positions for rotate()
@@ -121,7 +117,7 @@ class Attention(nn.Module):
             q = q.reshape(B, G, H // G, self.width)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.is_causal,
-            dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=q.shape[1] != G)
+            dropout_p=self.config.dropout * self.training, enable_gqa=q.shape[1] != G)
         y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.config.dropout, self.training)
 
@@ -144,8 +140,8 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1, self.attn = make_norm(config), Attention(config, layer)
-        self.ln_2, self.mlp = make_norm(config), MLP(config)
+        self.ln_1, self.attn = NORMS[config.norm](config), Attention(config, layer)
+        self.ln_2, self.mlp = NORMS[config.norm](config), MLP(config)
 
     def forward(self, x, context):
         x = x + self.attn(self.ln_1(x), context)
@@ -164,7 +160,7 @@ class GPT(nn.Module):
         if config.ngrams > 1:
             parts['ngram'] = nn.Embedding(config.ngram_rows, config.n_embd)
         parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.transformer = nn.ModuleDict(parts | {'ln_f': make_norm(config)})
+        self.transformer = nn.ModuleDict(parts | {'ln_f': NORMS[config.norm](config)})
         if config.x0:
             self.keep = nn.Parameter(torch.ones(config.n_layer))
             self.again = nn.Parameter(torch.zeros(config.n_layer))
@@ -208,10 +204,13 @@ class GPT(nn.Module):
     def context(self, idx, cache):
         """Positions and mask for idx: (B, T), which goes on where cache (None: nothing) ends."""
         if cache is None:
-            context = Context(torch.arange(idx.shape[1], device=idx.device)[None], is_causal=True)
+            positions = torch.arange(idx.shape[1], device=idx.device)[None]
+            tail = idx.new_full((len(idx), self.config.ngrams - 1), -1)
+            context = Context(positions, tail, is_causal=True)
         else:
             positions, keys = cache.place(idx)
-            context = Context(positions.clamp(max=self.config.block_size - 1), cache=cache)
+            most = self.config.block_size - 1
+            context = Context(positions.clamp(max=most), cache.tail, cache=cache)
             if idx.device.type != 'cpu' or idx.numel() > 1:     # else one query, which sees all
                 context.mask = positions[:, None, :, None] >= keys      # (B, 1, T, S)
         if self.rope is not None:
@@ -230,9 +229,7 @@ class GPT(nn.Module):
         last token. Raises ValueError for more than block_size tokens (CPU).
         """
         context = self.context(idx, cache)
-        tail = (cache.tail if cache is not None else
-                idx.new_full((len(idx), self.config.ngrams - 1), -1))
-        x, recent = self.embed(idx, tail)
+        x, recent = self.embed(idx, context.tail)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(context.positions)
         if self.config.norm == 'rms':
@@ -254,9 +251,9 @@ class GPT(nn.Module):
         Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight of
         a matrix product, 12 * n_layer * C * T for attention over rows of T (None: block_size).
         """
-        linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
-        return 6 * sum(m.weight.numel() for m in linears) + attention
+        return 6 * weights + attention
 
     def parameter_groups(self, muon):
         """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""
@@ -270,7 +267,7 @@ class GPT(nn.Module):
                              muon_dtype=torch.bfloat16):
         """
         AdamW for all (in nanoGPT's two groups), or with muon_lr: Muon for the layers' matrices and
-        AdamW for the rest. -> list of optimizers, each with its peak rate in .peak_lr
+        AdamW for the rest. -> list of optimizers
         """
         hidden, tables, rest = self.parameter_groups(muon_lr > 0)
         groups = [dict(params=tables, weight_decay=weight_decay),
@@ -280,8 +277,6 @@ class GPT(nn.Module):
                                         betas=betas, fused=fused)]
         if hidden:
             optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
-        for optimizer in optimizers:
-            optimizer.peak_lr = optimizer.defaults['lr']
         return optimizers
 
 

@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 compile = False         # torch.compile the model
 
 
-MOVED = {old: f'use python -m extras.{room}' for old, room in zip(   # once settings of this file
-    'chat votes serve task quantize write'.split(),
-    'chat chat serve evaluate int8 write_answers'.split(), strict=True)}
+# What were settings of this file once.
+MOVED = dict.fromkeys(['chat', 'votes'], 'use python -m extras.chat') | {
+    'serve': 'use python -m extras.serve', 'task': 'use python -m extras.evaluate',
+    'quantize': 'use python -m extras.int8', 'write': 'use python -m extras.write_answers'}
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class KVCache:
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
-    logits: (B, V), the others numbers or (B, 1) -> (B, V), what a token is drawn from: the top_k
-    likeliest, then the likeliest that together have top_p. At temperature 0 it is one-hot.
+    logits: (B, V), Sampling's fields in their order, numbers or (B, 1) -> (B, V), what a token is
+    drawn from: the top_k likeliest, of them the likeliest with top_p. At temperature 0: one-hot.
     """
     temperature, top_k, top_p = (torch.as_tensor(value, device=logits.device).expand(len(logits), 1)
                                  for value in (temperature, top_k, top_p))
@@ -160,9 +161,8 @@ def draw(logits, requests, rngs):
     """logits: (B, V), a generator for each row -> list of B ids, list of their log-probabilities"""
     if all(request.sampling.temperature == 0 for request in requests):
         return logits.argmax(1).tolist(), [0.0] * len(requests)
-    columns = {f.name: torch.tensor([[getattr(request.sampling, f.name)] for request in requests],
-                                    device=logits.device) for f in fields(Sampling)}
-    probs = probabilities(logits, **columns)
+    settings = torch.tensor([astuple(request.sampling) for request in requests])    # (B, fields)
+    probs = probabilities(logits, *settings.to(logits.device).T[:, :, None])
     probs = probs if probs.device.type != 'mps' else probs.cpu()    # it has no float64
     # The first token whose cumulated probability exceeds the draw: no token of probability 0.
     sums = probs.double().cumsum(1)
@@ -323,7 +323,7 @@ def main(transform=lambda model: model):
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     network = torch.compile(model, dynamic=True) if compile else model
-    end = () if ignore_end or tokenizer.end is None else (tokenizer.end,)
+    end = () if ignore_end else tokenizer.ends
     requests = [Request(prompt, max_new_tokens, Sampling.of(config), seed + i, end)
                 for i in range(num_samples)]
     began, detokenizer = time.perf_counter(), Detokenizer(tokenizer)

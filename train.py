@@ -159,16 +159,12 @@ def schedule(step):
 
 
 def loop(run, batches, evaluate):
-    """Evaluate and save when that is due, else take a step; until the last one, or a signal."""
-    first, losses, since = run.step, [], (run.seconds, run.tokens)
-    bar = tqdm(total=max_iters, initial=first, disable=run.rank > 0 or not sys.stdout.isatty())
-    while True:
-        begins = run.step == first and init_from in ('scratch', 'resume')   # nothing new to see
-        due = run.step % eval_interval == 0 or run.step == max_iters
-        if eval_only or (due and not begins):
-            assess(run, evaluate)
-        if eval_only or run.stop or run.step >= max_iters:
-            break
+    """Take a step, log, evaluate and save when that is due; until the last step or a signal."""
+    losses, since = [], (run.seconds, run.tokens)
+    bar = tqdm(total=max_iters, initial=run.step, disable=None if run.rank == 0 else True)
+    if init_from not in ('scratch', 'resume'):
+        assess(run, evaluate)
+    while run.step < max_iters and not run.stop:
         began = time.perf_counter()
         loss, _, norm = one_step(run, batches, run.step)
         run.seconds += time.perf_counter() - began
@@ -184,8 +180,10 @@ def loop(run, batches, evaluate):
         if run.step % log_interval == 0:
             log_step(run, losses, norm, *since)
             losses, since = [], (run.seconds, run.tokens)
+        if run.step % eval_interval == 0 or run.step == max_iters:
+            assess(run, evaluate)
     bar.close()
-    if run.stop and not eval_only:
+    if run.stop:
         runs.save(run, Path(out_dir, 'ckpt.pt'))
         say(f'stopped and saved after step {run.step}; {runs.how_to_resume(run)}')
 
@@ -243,7 +241,7 @@ def apply_gradient(run, loss, in_play, rate):
         torch._foreach_mul_(grads, scale * clip)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = optimizer.peak_lr * rate
+                group['lr'] = optimizer.defaults['lr'] * rate
             run.scaler.step(optimizer)
     if in_play:
         run.scaler.update()
@@ -255,9 +253,8 @@ def log_step(run, losses, norm, seconds, tokens):
     """Log and print means over the steps since run.seconds and run.tokens were these."""
     seconds, rate = run.seconds - seconds, (run.tokens - tokens) / (run.seconds - seconds)
     left = seconds / len(losses) * (max_iters - run.step) / 60
-    machine, mfu = extra('machine'), None
-    if machine and (peak := machine.peak_flops(run.device, run.dtype)):
-        mfu = run.model.flops_per_token(block_size) * rate / (peak * run.world)
+    machine = extra('machine')
+    mfu = machine.mfu(run, rate, block_size) if machine else None
     means = torch.tensor([np.mean(values) for values in run.notes.values()])
     run.notes, names = {}, list(run.notes)
     notes = dict(zip(names, all_sum(means / run.world), strict=True))
@@ -276,20 +273,26 @@ def assess(run, evaluate):
     metrics, score = evaluate()
     report = ', '.join(f'{name} {value:.4f}' for name, value in metrics.items())
     say(f'step {run.step}: {report}, after {run.seconds:.1f} s of training')
-    if not eval_only:
-        runs.log(run, **metrics)
-        if score < run.best:
-            run.best = score
-            runs.save(run, Path(out_dir, 'best.pt'))
-        if always_save_checkpoint or run.best == score or run.step >= max_iters:
-            runs.save(run, Path(out_dir, 'ckpt.pt'))
-    if run.rank == 0 and not eval_only:
-        if plot := extra('plot'):
-            plot.draw([out_dir], Path(out_dir, 'loss.png'), f'{stage} on {dataset}')
-        if sample_tokens:
-            ids = generate(run.model, [run.tokenizer.begin], sample_tokens, seed=seed)[0]
-            say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
+    if eval_only:
+        return
+    runs.log(run, **metrics)
+    if score < run.best:
+        run.best = score
+        runs.save(run, Path(out_dir, 'best.pt'))
+    if always_save_checkpoint or run.best == score or run.step >= max_iters:
+        runs.save(run, Path(out_dir, 'ckpt.pt'))
+    if run.rank == 0:
+        show(run)
     run.model.train()
+
+
+def show(run):
+    """What a person looks at beside the numbers: the run's picture and a sample."""
+    if plot := extra('plot'):
+        plot.draw([out_dir], Path(out_dir, 'loss.png'), f'{stage} on {dataset}')
+    if sample_tokens:
+        ids = generate(run.model, [run.tokenizer.begin], sample_tokens, seed=seed)[0]
+        say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
 
 
 def find_stage(values):
@@ -368,14 +371,14 @@ def main():
             card.show(run, origin)
         if dry_run:
             return
-        if checkpoint:
-            runs.restore(run, checkpoint)
+        runs.restore(run, checkpoint)
         batches, evaluate = run.stage.start(run)
         if explain:
-            from extras.explain import show
-            return show(run, next(batches(run.step), None))
-        if not eval_only:
-            runs.open_folder(run, resumed=bool(checkpoint))
+            from extras import explain as printed
+            return printed.show(run, next(batches(run.step), None))
+        if eval_only:
+            return assess(run, evaluate)
+        runs.open_folder(run, resumed=bool(checkpoint))
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, run.finish)
         loop(run, batches, evaluate)

@@ -153,7 +153,9 @@ def save(run, path):
 
 
 def restore(run, checkpoint):
-    """Put a run where its checkpoint (nanoGPT's too) was saved; its model is loaded already."""
+    """Put a run where its checkpoint (nanoGPT's too, {}: none) was saved; its model is loaded."""
+    if not checkpoint:
+        return
     states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
     states = states if isinstance(states, list) else [states]
     if len(states) != len(run.optimizers):

@@ -86,6 +86,11 @@ class Tokenizer:
         """The id that ends a document; None where there is none, as in nanoGPT's characters."""
         return self.special.get('<|endoftext|>')
 
+    @property
+    def ends(self):
+        """The ids that end what is written, as a tuple."""
+        return () if self.end is None else (self.end,)
+
     def encode(self, text, special=()):
         """text -> ids. special: names of special tokens that become those tokens in it."""
         if self.bpe:

@@ -23,6 +23,12 @@ def peak_flops(device, dtype):
     return gpu_flops(torch.cuda.get_device_name(device))
 
 
+def mfu(run, rate, block_size):
+    """-> the share of the peak FLOP/s that a training run uses at rate tokens/s; None: unknown"""
+    peak = peak_flops(run.device, run.dtype)
+    return peak and run.model.flops_per_token(block_size) * rate / (peak * run.world)
+
+
 def gpu_flops(name):
     """-> FLOP/s of the GPU that a name such as 'NVIDIA H100 80GB HBM3' contains, else None"""
     known = (peak for key, peak in GPU_FLOPS.items() if re.search(rf'{key}(?!\d)', name))
