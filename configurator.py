@@ -49,7 +49,7 @@ def parse(text):
 
 
 def coerce(value, kind):
-    """A command line's text, or a config file's object, as kind. ValueError if that would guess."""
+    """A command line's text, or a config file's object, as kind. ValueError if ambiguous."""
     if kind is bool and str(value).lower() in WORDS:
         return WORDS[str(value).lower()]
     if kind is str and isinstance(value, str):
@@ -97,7 +97,7 @@ def lay(layers, sources):
             if kind is None:
                 near = difflib.get_close_matches(name, settings, n=1)
                 meant = f'did you mean {near[0]}?' if near else 'see --help'
-                meant = sources[0].get('MOVED', {}).get(name, meant)    # a setting of old
+                meant = sources[0].get('MOVED', {}).get(name, meant)    # a former setting
                 problems.append(f'{layer}: {name}: no such setting; {meant}')
             elif kind in (int, float) and not low <= values[name] <= high:
                 problems.append(f'{layer}: {name}={value}: must be {comment.rpartition("; ")[2]}')
@@ -121,7 +121,7 @@ def configure(namespace, argv=None, others=lambda values: []):
             elif arg.startswith('--') and equals:
                 layers.append(('command line', name, value))
             elif arg not in ('-h', '--help', ''):
-                raise ValueError(f'{arg}: a setting is written --key=value')
+                raise ValueError(f'{arg}: expected --key=value')
         if {'-h', '--help'} & set(argv):
             print(namespace['__doc__'], '\nSettings and their values:\n')
             for name, (_, comment) in [p for s in sources for p in read_settings(s).items()]:
@@ -144,8 +144,8 @@ def auto_device(device='auto', local_rank=0):
     if device == 'auto':
         device = next(kind for kind in available if available[kind])
     kind, _, number = device.partition(':')
-    too_high = kind == 'cuda' and int(number or 0) >= torch.cuda.device_count()
-    if not available.get(kind) or too_high:
+    exists = kind != 'cuda' or number in ('', *map(str, range(torch.cuda.device_count())))
+    if not available.get(kind) or not exists:
         raise ValueError(f'--device={device}: PyTorch finds no such device; choose cuda, mps, cpu')
     return f'cuda:{local_rank}' if device == 'cuda' else device
 

@@ -41,7 +41,7 @@ class GPTConfig:
             raise ValueError(f'n_embd = {self.n_embd} does not divide into n_head = {self.n_head} '
                              'heads of an even width')
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head = {self.n_head} is no multiple of n_kv_head={self.n_kv_head}')
+            raise ValueError(f'n_head={self.n_head}: not a multiple of n_kv_head={self.n_kv_head}')
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} = {getattr(self, name)!r}: choose one of {allowed}')
@@ -57,8 +57,8 @@ def relu2(x):
     return x * x    # not x.square(): its backward is a pow() per element, 7 times slower on a CPU
 
 
-# name: the function, and its input and output width in n_embd (a gated one reads twice its output)
-ACTIVATIONS = {'relu2': (relu2, 4, 4), 'gelu': (F.gelu, 4, 4), 'gelu_tanh': (nn.GELU('tanh'), 4, 4)}
+# name: function, width of its output in n_embd, how many times as wide its input is (2 if gated)
+ACTIVATIONS = {'relu2': (relu2, 4, 1), 'gelu': (F.gelu, 4, 1), 'gelu_tanh': (nn.GELU('tanh'), 4, 1)}
 NORMS = {'rms': lambda config: nn.RMSNorm(config.n_embd, elementwise_affine=False),
          'layer': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias)}
 CHOICES = {'norm': tuple(NORMS), 'position': ('rope', 'learned'), 'activation': tuple(ACTIVATIONS)}
@@ -83,10 +83,11 @@ def rotate(x, rope):
 @dataclass
 class Context:
     """Where the tokens of a batch stand and which keys each may see: one for all blocks."""
-    positions: torch.Tensor    # (B or 1, T)
+    positions: torch.Tensor    # (B or 1, T), of the tokens, which are the queries
+    keys: torch.Tensor         # (S), positions of the keys
     tail: torch.Tensor         # (B, ngrams - 1), the ids before idx, -1 for none
     mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: all, or
-    is_causal: bool = False    # each token those up to itself, which needs no mask
+    is_causal: bool = False    # those up to itself, which needs no mask
     rope: torch.Tensor = None  # (2, B or 1, T, 1, D), the angles of these positions for rotate()
     cache: object = None       # where keys and values of earlier tokens are kept; see sample.py
 
@@ -126,9 +127,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation, width_in, width_out = ACTIVATIONS[config.activation]
-        self.c_fc = nn.Linear(config.n_embd, int(width_in * config.n_embd), bias=config.bias)
-        self.c_proj = nn.Linear(int(width_out * config.n_embd), config.n_embd, bias=config.bias)
+        self.activation, width, inputs = ACTIVATIONS[config.activation]
+        hidden = int(width * config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, inputs * hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x):
@@ -167,11 +169,6 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.table_rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        # Not learned: an id beyond the vocabulary has probability 0. Slicing the logits instead
-        # copies them: with GPT-2's vocabulary a step took 1.35 times as long on a CPU.
-        no_token = torch.where(torch.arange(config.table_rows) < config.vocab_size, 0.0, -3e4)
-        del self.lm_head.bias
-        self.lm_head.register_buffer('bias', no_token, persistent=False)
         rope = rotary(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('rope', rope if config.position == 'rope' else None, persistent=False)
         self.init_weights()
@@ -201,16 +198,16 @@ class GPT(nn.Module):
             x = x + ngrams.view(B, T, -1)
         return x, recent
 
-    def context(self, idx, cache):
+    def make_context(self, idx, cache):
         """Positions and mask for idx: (B, T), which goes on where cache (None: nothing) ends."""
         if cache is None:
             positions = torch.arange(idx.shape[1], device=idx.device)[None]
             tail = idx.new_full((len(idx), self.config.ngrams - 1), -1)
-            context = Context(positions, tail, is_causal=True)
+            context = Context(positions, positions[0], tail, is_causal=True)
         else:
             positions, keys = cache.place(idx)
             most = self.config.block_size - 1
-            context = Context(positions.clamp(max=most), cache.tail, cache=cache)
+            context = Context(positions.clamp(max=most), keys, cache.tail, cache=cache)
             if idx.device.type != 'cpu' or idx.numel() > 1:     # else one query, which sees all
                 context.mask = positions[:, None, :, None] >= keys      # (B, 1, T, S)
         if self.rope is not None:
@@ -228,12 +225,12 @@ class GPT(nn.Module):
         of different lengths are padded at the right with -1. Logits are (B, 1, V), of each row's
         last token. Raises ValueError for more than block_size tokens (CPU).
         """
-        context = self.context(idx, cache)
+        context = self.make_context(idx, cache)
         x, recent = self.embed(idx, context.tail)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(context.positions)
         if self.config.norm == 'rms':
-            x = F.rms_norm(x, (x.shape[-1],))   # the embedding starts small: so it learns fast
+            x = F.rms_norm(x, (x.shape[-1],))   # the embedding starts small, so that it learns fast
         x = F.dropout(x, self.config.dropout, self.training)
         x0 = x
         for i, block in enumerate(self.transformer.h):
@@ -242,9 +239,9 @@ class GPT(nn.Module):
             x = block(x, context)
         if cache is not None:
             x = cache.advance(x, recent)    # (B, 1, C), each row's last token
-        logits = self.lm_head(self.transformer.ln_f(x))
+        logits = self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
         loss = None if targets is None else weighted_loss(logits, targets, weights)
-        return logits[..., :self.config.vocab_size], loss
+        return logits, loss
 
     def flops_per_token(self, T=None):
         """
@@ -282,9 +279,8 @@ class GPT(nn.Module):
 
 def token_log_probs(logits, targets):
     """
-    logits: (B, T, V), targets: (B, T) or (B, T, K), -1 where not in play -> log p(target), 0 where
-    not in play. In training V counts padding too, ids that no token has, at probability 0: a term
-    over the whole vocabulary, such as label smoothing, takes logits[..., :vocab_size].
+    logits: (B, T, V), targets: (B, T) or (B, T, K), -1 where not in play
+    -> log p(target), of targets' shape, 0 where not in play
     """
     if targets.dim() == 2:
         return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
@@ -339,6 +335,6 @@ class Muon(torch.optim.Optimizer):
                     updates.append(p.grad.lerp(momentum, group['momentum']))    # Nesterov's
                 X = torch.stack(updates).to(self.dtype)
                 X = orthogonalize(X.mT).mT if tall else orthogonalize(X)
-                rate = group['lr'] * max(1, shape[0] / shape[1]) ** 0.5     # the tall move further
+                rate = group['lr'] * max(1, shape[0] / shape[1]) ** 0.5     # tall ones move further
                 for p, update in zip(params, X, strict=True):
                     p.mul_(1 - group['lr'] * group['weight_decay']).add_(update, alpha=-rate)

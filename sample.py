@@ -4,8 +4,8 @@ The one decoding loop: weights in, text out.
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
 
-A row's context is at most block_size tokens: of a longer prompt the last. When a row has filled
-that window, its later half is read again as the new context, so a sample can be of any length.
+A row's context is at most block_size tokens; a longer prompt keeps its last ones. When a row has
+filled that window, its later half is read again as the new context, so text can be of any length.
 """
 import copy
 import os
@@ -33,9 +33,7 @@ device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 compile = False         # torch.compile the model
 
-
-# What were settings of this file once.
-MOVED = dict.fromkeys(['chat', 'votes'], 'use python -m extras.chat') | {
+MOVED = dict.fromkeys(['chat', 'votes'], 'use python -m extras.chat') | {     # former settings
     'serve': 'use python -m extras.serve', 'task': 'use python -m extras.evaluate',
     'quantize': 'use python -m extras.int8', 'write': 'use python -m extras.write_answers'}
 
@@ -55,7 +53,7 @@ class Sampling:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how to continue it and, once decode() has it, what was written."""
+    """A prompt, how to continue it and, after decode(), what was written."""
     prompt: list                # of ids, at least one
     max_new_tokens: int = 500
     sampling: Sampling = Sampling()
@@ -164,7 +162,7 @@ def draw(logits, requests, rngs):
     settings = torch.tensor([astuple(request.sampling) for request in requests])    # (B, fields)
     probs = probabilities(logits, *settings.to(logits.device).T[:, :, None])
     probs = probs if probs.device.type != 'mps' else probs.cpu()    # it has no float64
-    # The first token whose cumulated probability exceeds the draw: no token of probability 0.
+    # The first token whose cumulative probability exceeds the draw: no token of probability 0.
     sums = probs.double().cumsum(1)
     draws = torch.tensor([[rng.random()] for rng in rngs]).to(sums)
     ids = torch.searchsorted(sums, draws * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
@@ -173,12 +171,13 @@ def draw(logits, requests, rngs):
 
 @dataclass(eq=False)
 class Row:
-    """A row of the cache while a request has it."""
+    """A row of the cache while a request has it: read_pending() reads its pending ids, emit()
+    writes the token drawn then, which becomes pending, until release() frees the row."""
     request: Request
     pending: list           # ids to be read before its next token can be drawn
     rng: np.random.Generator
     held: int = 0           # ids that the cache holds
-    slid: bool = False      # whether these no longer begin with the prompt
+    slid: bool = False      # True once the window has left the prompt's start behind
 
 
 @torch.inference_mode()
@@ -287,7 +286,7 @@ def generate(model, prompts, max_new_tokens, sampling=Sampling(), seed=0, **how)
     """-> for each prompt, side by side, the list of ids written. Prompt i draws with seed + i."""
     requests = [Request(list(prompt), max_new_tokens, sampling, seed + i, **how)
                 for i, prompt in enumerate(prompts)]
-    for _ in decode(model, requests, len(requests)):
+    for _ in decode(model, requests, max(1, len(requests))):
         pass
     return [request.ids for request in requests]
 
@@ -319,7 +318,8 @@ def main(transform=lambda model: model):
     try:
         run = out_dir if init_from == 'resume' else init_from
         model, tokenizer, _ = open_model(run, device, dtype)
-        text, prompt = read_prompt(tokenizer, transform(model))
+        transform(model)
+        text, prompt = read_prompt(tokenizer, model)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     network = torch.compile(model, dynamic=True) if compile else model

@@ -1,10 +1,10 @@
 """
-The one training loop: text in, weights out. Every stage of making a language model is
+The one training loop: text in, weights out. Every stage is weighted next-token prediction,
 
     loss = - sum of w * log p(y | x) / N      over the N tokens in play (y != -1) of a step,
 
-weighted next-token prediction, so a stage is only a generator of batches (x, y, w) and a way to
-evaluate: read_rows() of data/rows.py for text and conversations, else a file of stages/.
+so a stage is only a generator of batches (x, y, w) and a way to evaluate: read_rows() of
+data/rows.py for text and conversations, else a file of stages/.
 
     python train.py config/train_shakespeare_char.py                                # a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
@@ -40,7 +40,7 @@ init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-la
 out_dir = 'out'              # where checkpoints, the log and the picture go
 dataset = 'openwebtext'      # a folder in data/, or a mixture: a:0.8,b:0.2
 fallback_dataset = ''        # instead of dataset, if that can be neither found nor downloaded
-seed = 1337                  # all chance comes from (seed, step, microstep, rank); at least 0
+seed = 1337                  # all randomness is from (seed, step, microstep, rank); at least 0
 eval_only = False            # evaluate once and stop
 dry_run = False              # print what the run would take (extras/card.py) and stop
 explain = False              # print a batch, token by token (extras/explain.py), and stop
@@ -66,11 +66,11 @@ beta1 = 0.9                  # AdamW's
 beta2 = 0.95                 # AdamW's
 grad_clip = 1.0              # largest norm of the gradient; 0: no limit; at least 0
 decay_lr = True              # follow the schedule below; False: a constant rate
-lr_schedule = 'cosine'       # the shape of the decay: cosine, or linear over the last steps
+lr_schedule = 'cosine'       # the shape of the decay: cosine or linear
 warmup_iters = 2000          # steps of linear warm-up; at least 0
 lr_decay_iters = 0           # where the decay ends; 0: at max_iters
 min_lr = 6e-5                # the rate there, for AdamW; Muon falls by the same factor
-warmdown = 0.5               # share of the steps over which a linear schedule falls
+warmdown = 0.5               # share of the steps over which a linear one falls; from 1e-6 to 1
 # the machine
 device = 'auto'              # cuda, cuda:1, mps or cpu
 dtype = 'auto'               # float32, bfloat16 or float16; auto: the fastest here
@@ -82,7 +82,7 @@ MAX_SKIPS = 5   # this many steps in a row without a finite gradient end the run
 
 @dataclass
 class Stage:
-    """What makes a stage. A file of stages/ has a function stage() that returns one."""
+    """Defines a stage. In a file of stages/ a function stage() returns these as a dict."""
     start: object              # run -> batches(step): its (x, y, w); evaluate(): metrics, score
     samples: bool = False      # it learns from what the model itself writes
     reference: bool = False    # it keeps a second model, frozen, to compare with
@@ -103,7 +103,7 @@ class Run:
     model: GPT
     network: nn.Module         # the same weights as the loop calls them: compiled, data-parallel
     optimizers: list
-    scaler: object             # torch's GradScaler; it does nothing but in fp16
+    scaler: object             # torch's GradScaler, a no-op except in fp16
     lineage: list              # the stages that made these weights, this one last
     step: int = 0
     tokens: int = 0            # read so far, by all processes
@@ -111,7 +111,7 @@ class Run:
     best: float = math.inf     # lowest score of an evaluation so far
     skipped: int = 0           # steps in a row without a finite gradient
     asked_to_stop: int = 0     # 1: this process caught a signal
-    stop: float = 0            # how many processes did, summed in each step: so all stop together
+    stop: float = 0            # number of processes that did, summed each step: all stop together
     notes: dict = field(default_factory=dict)   # a stage's numbers for the next line of the log
 
     def note(self, **values):
@@ -122,6 +122,7 @@ class Run:
     def finish(self, number, _frame):
         """A signal's handler: end after this step; the same signal again ends at once."""
         self.asked_to_stop = 1
+        say('stopping after this step; the same signal again stops at once, without saving')
         signal.signal(number, signal.SIG_DFL)
 
     def forward(self, network, *batch):
@@ -176,7 +177,7 @@ def loop(run, batches, evaluate):
                 f'{run.skipped} in a row')
         if run.skipped == MAX_SKIPS:
             raise ValueError(f'{MAX_SKIPS} steps in a row were not finite: lower --learning_rate '
-                             f'and --muon_lr; the last good checkpoint, if any, is in {out_dir}')
+                             'and --muon_lr; out_dir has the last good checkpoint, if any')
         if run.step % log_interval == 0:
             log_step(run, losses, norm, *since)
             losses, since = [], (run.seconds, run.tokens)
@@ -184,7 +185,7 @@ def loop(run, batches, evaluate):
             assess(run, evaluate)
     bar.close()
     if run.stop:
-        runs.save(run, Path(out_dir, 'ckpt.pt'))
+        runs.save(run, 'ckpt.pt')
         say(f'stopped and saved after step {run.step}; {runs.how_to_resume(run)}')
 
 
@@ -234,8 +235,8 @@ def apply_gradient(run, loss, in_play, rate):
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).item() * scale
     finite = math.isfinite(norm) and math.isfinite(loss)
-    probing = run.scaler.is_enabled() and math.isfinite(loss)   # fp16 looks for its scale
-    run.skipped = 0 if finite or probing else run.skipped + 1
+    overflow = run.scaler.is_enabled() and math.isfinite(loss)  # fp16 is looking for its scale
+    run.skipped = 0 if finite or overflow else run.skipped + 1
     if finite and in_play:
         clip = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
         torch._foreach_mul_(grads, scale * clip)
@@ -278,9 +279,9 @@ def assess(run, evaluate):
     runs.log(run, **metrics)
     if score < run.best:
         run.best = score
-        runs.save(run, Path(out_dir, 'best.pt'))
+        runs.save(run, 'best.pt')
     if always_save_checkpoint or run.best == score or run.step >= max_iters:
-        runs.save(run, Path(out_dir, 'ckpt.pt'))
+        runs.save(run, 'ckpt.pt')
     if run.rank == 0:
         show(run)
     run.model.train()
@@ -289,14 +290,15 @@ def assess(run, evaluate):
 def show(run):
     """What a person looks at beside the numbers: the run's picture and a sample."""
     if plot := extra('plot'):
-        plot.draw([out_dir], Path(out_dir, 'loss.png'), f'{stage} on {dataset}')
+        folder, title = run.config['out_dir'], f'{stage} on {run.config["dataset"]}'
+        plot.draw([folder], Path(folder, 'loss.png'), title)
     if sample_tokens:
         ids = generate(run.model, [run.tokenizer.begin], sample_tokens, seed=seed)[0]
         say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
 
 
 def find_stage(values):
-    """-> the module of a stage, None for a stage of rows. values: of all settings, by name"""
+    """-> the module of a stage, None for one that reads rows. values: all settings by name"""
     name, folder = values['stage'], Path(__file__).with_name('stages')
     known = [*TEXT_STAGES, 'sft', *sorted(file.stem for file in folder.glob('*.py'))]
     if name not in known:
@@ -305,7 +307,7 @@ def find_stage(values):
 
 
 def settings_beside(values):
-    """Where settings stand but here: in a stage's file, in a dry run's card, in GPTConfig."""
+    """Other sources of settings: the stage's file, the card's in a dry run, GPTConfig."""
     module, card = find_stage(values), extra('card') if values['dry_run'] else None
     modules = [module, *getattr(module, 'USES', ()), card]
     return [*(vars(module) for module in modules if module), GPTConfig]
@@ -329,13 +331,12 @@ def join_processes():
 
 def make_run(config):
     """-> the Run, and the checkpoint that it resumes ({}: a new one)"""
-    global dataset, out_dir
     module = find_stage(config)
     kind = Stage(**module.stage()) if module else Stage(read_rows)
     runs.check(config, kind, SCHEDULES)
     rank, world, local_rank, where, precision = join_processes()
-    dataset, out_dir = runs.choose_data(config, local_rank)
-    data = mixture_of(dataset)
+    runs.choose_data(config, local_rank)
+    data = mixture_of(config['dataset'])
     meta = read_metas(data, check=not dry_run)
     model, checkpoint = runs.make_model(config, meta)
     resumed = init_from == 'resume' and bool(checkpoint)
@@ -349,7 +350,7 @@ def make_run(config):
         network = nn.parallel.DistributedDataParallel(
             network, device_ids=[local_rank] if where.startswith('cuda') else None,
             broadcast_buffers=False)
-    begun = {'stage': stage, 'dataset': dataset, 'init_from': init_from, 'data': meta['hashes']}
+    begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,
         data=data, meta=meta, model=model, network=network,
@@ -386,7 +387,7 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     except ImportError as error:
-        sys.exit(f'{error}: pip install {error.name}')
+        sys.exit(f'{error}: pip install it, or restore the file if it is one of extras/')
     except (RuntimeError, MemoryError) as error:
         sys.exit(runs.out_of_memory(error, config))
     finally:

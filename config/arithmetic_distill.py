@@ -1,5 +1,5 @@
-# A student of a quarter of the size learns the whole distributions of its teacher over the answers
-# that the teacher wrote:
+# A student of a quarter of the size learns its teacher's probabilities over the answers that the
+# teacher wrote:
 #   python train.py config/arithmetic_base.py --n_head=1 --n_embd=64 --ngram_rows=4096 \
 #       --out_dir=out-arithmetic-small
 #   python -m extras.write_answers --out_dir=out-arithmetic-rl --folder=data/arithmetic_answers \

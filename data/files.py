@@ -58,7 +58,7 @@ def write(path, put):
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise OSError(f'{path}: cannot be written ({str(error).splitlines()[0]}); what was there '
-                      'before is intact. Make room and go on') from None
+                      'before is intact') from None
 
 
 def write_tokens(folder, tokenizer, source, **splits):
@@ -206,13 +206,14 @@ def missing(folder, prepare):
     if is_ready(folder):
         return ''
     script = load_script(folder) if (folder / 'prepare.py').exists() else None
-    why = getattr(script, 'COMMAND', f'python data/{folder.name}/prepare.py')  # or a run writes it
+    run = f'run python data/{folder.name}/prepare.py' if script else 'it has no prepare.py'
+    why = f'run {script.COMMAND}' if hasattr(script, 'COMMAND') else run    # which writes it
     if prepare and hasattr(script, 'prepare'):
         try:
             script.prepare()
         except (OSError, ValueError, KeyError) as error:
             why = str(error)
-    return '' if is_ready(folder) else f'data/{folder.name}: not there; {why}'
+    return '' if is_ready(folder) else f'data/{folder.name}: not prepared; {why}'
 
 
 def read_metas(parts, check=True):

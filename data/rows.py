@@ -182,7 +182,7 @@ class Conversations:
 
 class Mixture:
     """
-    One split of the data sets in parts, {folder: share}: of every CYCLE rows each has its share.
+    One split of the data sets in parts, {folder: share}: each gets its share of every CYCLE rows.
     packed: conversations as such, only what the assistant wrote in play.
     """
     CYCLE = 100

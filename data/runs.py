@@ -39,18 +39,18 @@ def check(config, stage, schedules):
         raise ValueError(f'--lr_schedule={config["lr_schedule"]}: choose one of '
                          f'{", ".join(schedules)}')
     world = int(os.environ.get('WORLD_SIZE', 1))
-    shared = [['batch_size', 'gradient_accumulation_steps'], ['num_prompts']]
-    for names in shared if stage.samples else shared[:1]:
-        if math.prod(config[name] for name in names) % world:
-            named = ' x '.join(f'--{name}={config[name]}' for name in names)
-            raise ValueError(f'{named} do not divide among {world} processes')
-    if config['dropout'] and stage.reference:
+    names = ['num_prompts'] if stage.samples else ['batch_size', 'gradient_accumulation_steps']
+    if math.prod(config[name] for name in names) % world:
+        named = ' x '.join(f'--{name}={config[name]}' for name in names)
+        raise ValueError(f'{named} do not divide among {world} processes')
+    if config['dropout'] and (stage.reference or stage.samples):
         raise ValueError(f'--dropout={config["dropout"]}: must be 0 in stage {config["stage"]}, '
                          'whose weights w come from what the whole model says')
     writes = not (config['eval_only'] or config['dry_run'])
     for name in 'init_from', 'teacher':
-        source = config.get(name) or '/'
-        if writes and folder_of(source).resolve() == Path(config['out_dir']).resolve():
+        source = config.get(name) or 'scratch'
+        itself = folder_of(source).resolve() == Path(config['out_dir']).resolve()
+        if writes and itself and source not in ('scratch', 'resume'):
             raise ValueError(f'--out_dir={config["out_dir"]} is the run that --{name} reads: '
                              'choose another')
 
@@ -58,7 +58,7 @@ def check(config, stage, schedules):
 def choose_data(config, local_rank):
     """
     Prepare dataset, or fallback_dataset if that cannot be had, which is said loudly. The first
-    process of a machine does; the others wait. -> dataset, out_dir, in config too
+    process of a machine does; the others wait. Changes dataset and out_dir in config
     """
     names, dry_run = [config['dataset'], config['fallback_dataset']], config['dry_run']
     if local_rank and dist.is_initialized():
@@ -74,15 +74,15 @@ def choose_data(config, local_rank):
         say(f'!!! NOT {names[0].upper()}: TRAINING ON {dataset.upper()} INSTEAD, IN '
             f'{config["out_dir"]} !!!')
         config['dataset'] = dataset
-    return dataset, config['out_dir']
 
 
 def out_of_memory(error, config):
-    """-> advice where memory was out; other errors are raised again"""
+    """-> advice if the error is about memory; others are raised again"""
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
             "can't allocate" not in str(error)):
         raise error
-    rollouts = f' or --rollout_rows={config["rollout_rows"]}' if 'rollout_rows' in config else ''
+    samples = 'rollout_rows' in config and config.get('on_policy', True)
+    rollouts = f' or --rollout_rows={config["rollout_rows"]}' if samples else ''
     more = '' if rollouts else (' and double --gradient_accumulation_steps='
                                 f'{config["gradient_accumulation_steps"]}')
     return (f'out of memory: halve --batch_size={config["batch_size"]}{rollouts}{more}: the same '
@@ -105,7 +105,7 @@ def open_folder(run, resumed):
 def fresh_folder(folder):
     """Make folder for a new run; one that holds a run is moved aside. -> where to, or None"""
     folder, aside = Path(folder), None
-    if (folder / 'ckpt.pt').exists():
+    if (folder / 'ckpt.pt').exists() or (folder / 'best.pt').exists():
         numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
         aside = next(path for path in numbered if not path.exists())
         folder.rename(aside)
@@ -136,11 +136,13 @@ def log(run, **metrics):
 def how_to_resume(run):
     rest = shlex.join(a for a in sys.argv[1:] if not a.startswith('--init_from'))
     launcher = 'python' if run.world == 1 else 'torchrun ...'
+    if run.config['dataset'] == run.config['fallback_dataset']:
+        rest += f' --dataset={run.config["dataset"]} --out_dir={run.config["out_dir"]}'
     return f'to go on: {launcher} train.py {rest} --init_from=resume'
 
 
-def save(run, path):
-    """Write a run's checkpoint under a temporary name, flush, rename: one is always whole."""
+def save(run, name):
+    """Write out_dir/name, a checkpoint: under a temporary name, then renamed, so never half."""
     if run.rank:
         return
     content = {
@@ -149,7 +151,7 @@ def save(run, path):
         'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
         'seconds': run.seconds, 'tokens': run.tokens, 'tokenizer': run.tokenizer.spec,
         'lineage': run.lineage}
-    write(path, lambda file: torch.save(content, file))
+    write(Path(run.config['out_dir'], name), lambda file: torch.save(content, file))
 
 
 def restore(run, checkpoint):
@@ -202,7 +204,8 @@ def load_model(source, dropout=0.0):
     gpt2-medium ..., or a folder with model.safetensors -> model (fp32, CPU), tokenizer, checkpoint
     """
     path = Path(source)
-    if str(source).startswith('gpt2') or (path / 'model.safetensors').exists():
+    named = str(source).startswith('gpt2') and not path.exists()
+    if named or (path / 'model.safetensors').exists():
         from extras.gpt2 import load_gpt2
         checkpoint = {'lineage': [{'from': source}], 'model_args': {}}
         return load_gpt2(source, dropout), Tokenizer({'kind': 'gpt2'}), checkpoint
@@ -264,10 +267,10 @@ def make_model(config, meta):
     out_dir, init_from = config['out_dir'], config['init_from']
     architecture = model_config(config, meta['vocab_size'])
     if init_from == 'resume' and not Path(out_dir, 'ckpt.pt').exists():
-        if config['stage'] not in TEXT_STAGES:
-            raise ValueError(f'{out_dir}: nothing is saved there yet: leave --init_from=resume out')
+        if config['stage'] != 'pretrain':
+            raise ValueError(f'{out_dir}: nothing is saved there yet: drop --init_from=resume')
         say(f'{out_dir}: nothing is saved there yet, so this starts from scratch')
-    elif init_from.startswith('gpt2') and config['dry_run']:
+    elif init_from.startswith('gpt2') and not Path(init_from).exists() and config['dry_run']:
         from extras.gpt2 import config_of
         architecture = config_of(init_from)
     elif init_from != 'scratch':

@@ -61,7 +61,7 @@ class Tokenizer:
             self.vocab_size = len(self.chars) + len(self.special)
             self.names = list(spec['chars']) + spec['special']
         else:
-            raise ValueError(f'a tokenizer of kind {spec["kind"]!r}: not char, gpt2 or words')
+            raise ValueError(f'unknown tokenizer kind {spec["kind"]!r}: not char, gpt2 or words')
 
     @classmethod
     def of_text(cls, text):

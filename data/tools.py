@@ -1,6 +1,6 @@
 """
 The calculator that a model may call while it writes: <|call|>48/2<|result|>24<|result|>, where the
-model writes up to the first <|result|> and the rest is put behind it.
+model writes up to the first <|result|> and the rest is appended for it.
 
 What a model writes is parsed, never evaluated: a few kinds of nodes, numbers of bounded size.
 """
@@ -78,7 +78,7 @@ def calls_in(text):
 
 
 def calculator(tokenizer):
-    """-> the tool of a Request: what to put behind the ids written so far, mostly nothing."""
+    """-> the tool of a Request: what to append to the ids written so far, mostly nothing."""
     call, result = tokenizer.special['<|call|>'], tokenizer.special['<|result|>']
 
     def tool(ids):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from data.files import say
+from data.files import extra, say
 from data.runs import step_tokens
 
-gpus = ''                    # the hours on these, such as 8xH100, instead of on this machine
+gpus = ''                    # print the hours that the run takes on these, such as 8xH100
 share_of_peak = 0.4          # of their FLOP/s that the run is assumed to reach; from 0.01 to 1
 dollars_per_gpu_hour = 0.0   # for the cost; 0: none is printed; at least 0
 
@@ -35,8 +35,8 @@ def show(run, origin):
     compiled = config['compile'] or config['compile'] is None and run.device.startswith('cuda')
     say(f"""{config['stage']} on {config['dataset']} from {config['init_from']}, into \
 {config['out_dir']}
-  model       {parameters(run.model) / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide; \
-{flops / 1e6:.1f} MFLOPs per token
+  model       {parameters(run.model) / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide, \
+{c.n_head} heads ({c.n_kv_head} for keys); {flops / 1e6:.1f} MFLOPs per token
   a step      {step}
   the run     {config['max_iters']:,} steps, {whole}
   memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \
@@ -44,8 +44,9 @@ gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   checkpoint  {(4 * parameters(run.model) + state) / 1e6:.1f} MB, and as much for the best one
   machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={compiled}, \
 {'Muon and AdamW' if hidden else 'AdamW'}""")
-    if gpus and not run.stage.samples:
-        say(f'  {gpus:<10}  {price(flops * total)}')
+    if gpus:
+        hours = price(flops * total)
+        say(f'  {gpus:<10}  {"unknown: depends on the answers" if run.stage.samples else hours}')
     for layer in dict.fromkeys(origin.values()):
         names = [name for name in origin if origin[name] == layer]
         lines.append(f'  settings    of {layer}: {", ".join(names)}')
@@ -87,9 +88,9 @@ def reference_parameters(run):
 
 def price(flops):
     """-> hours, and dollars, of so many FLOPs on `gpus`"""
-    from extras.machine import gpu_flops
+    machine = extra('machine')
     count, _, name = gpus.partition('x') if gpus[:1].isdigit() else ('1', '', gpus)
-    peak = gpu_flops(name) if count.isdigit() and int(count) else None
+    peak = machine.gpu_flops(name) if machine and count.isdigit() and int(count) else None
     if not peak:
         raise ValueError(f'--gpus={gpus}: write a number and a GPU of extras/machine.py: 8xH100')
     hours = flops / (int(count) * peak * share_of_peak) / 3600

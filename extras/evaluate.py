@@ -23,7 +23,6 @@ num_examples = 500      # test questions; at least 1
 max_new_tokens = 500    # in an answer; at least 1
 rows = 16               # answers that are decoded side by side; at least 1
 votes = 1               # what most of this many answers say counts; 1: greedy; at least 1
-temperature = 0.8       # of these votes; from 0 to 100
 tools = True            # with the calculator
 seed = 1337             # of the questions and votes; at least 0
 quantize = ''           # int8: weights of a byte each (extras/int8.py)
@@ -31,14 +30,13 @@ device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 
 
-def evaluate(model, tokenizer, questions):
+def evaluate(model, tokenizer, questions, sampling):
     """-> accuracy by kind of question. questions: a task"""
     columns = {'all': []}
     variants = {'': {}, **getattr(questions, 'VARIANTS', {})}
     for variant, world in variants.items():
         examples = list(itertools.islice(questions.examples('test', seed, **world), num_examples))
         seeds = np.random.SeedSequence(seed).generate_state(len(examples)).tolist()
-        sampling = Sampling(temperature=0.0 if votes == 1 else temperature)
         requests, rewards = answer_questions(model, tokenizer, questions, examples, seeds, rows,
                                              votes, max_new_tokens, sampling, tools)
         for i, example in enumerate(examples):
@@ -51,7 +49,8 @@ def evaluate(model, tokenizer, questions):
 
 
 def main():
-    configure(globals())
+    config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8)])
+    sampling = Sampling(temperature=0.0) if votes == 1 else Sampling.of(config)
     try:
         questions, table = task_of(DATA / task), {}
         lineage = load_model(out_dir)[2].get('lineage', [])
@@ -65,7 +64,7 @@ def main():
                 quantize_model(model, quantize)
             if folder != out_dir and not has_chat_tokens(model, tokenizer):
                 continue    # GPT-2's tokens, before a stage gave it those of a chat
-            table[folder] = evaluate(model, tokenizer, questions)
+            table[folder] = evaluate(model, tokenizer, questions, sampling)
             if len(table) == 1:
                 print(f'{num_examples} questions'.ljust(width), *table[folder], sep='  ')
             cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())

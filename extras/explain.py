@@ -8,7 +8,7 @@ import torch
 def show(run, batch):
     """Print a batch: each token and its target, in colour if that is in play, its weight, loss."""
     if batch is None:
-        raise ValueError('nothing is in play in this step')
+        raise ValueError('this step has no target tokens')
     run.model.eval()
     x, y, w = batch
     target = y if y.dim() == 2 else y[..., 0]   # the likeliest of several targets

@@ -9,8 +9,9 @@ token that it sampled weighs
     w = log p_teacher - log p_student,
 
 which gives the gradient of the reverse KL at that token. Otherwise (arXiv:1503.02531) the rows come
-from a data set, and the targets y of each token are the teacher's likeliest ones, each with the
-teacher's probability as its w. N counts every target, so w is multiplied by their number.
+from a data set, and the targets y of each token are the teacher_top tokens that the teacher finds
+likeliest, w their probabilities, divided by their sum. N counts every target, so w is multiplied by
+their number.
 """
 import torch
 

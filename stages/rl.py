@@ -36,7 +36,7 @@ max_new_tokens = 120         # tokens in an answer; at least 1
 rollout_rows = 64            # answers that are decoded side by side; at least 1
 updates = 1                  # of the weights for each rollout; at least 1
 clip_ratio = 0.2             # how far a token's probability may move in these; at least 0
-divide_by_deviation = False  # of a group; overrates rarely solved questions (arXiv:2503.20783)
+divide_by_deviation = False  # of a group; overweights rarely solved questions (arXiv:2503.20783)
 eval_examples = 200          # held-out questions, answered greedily; at least 1
 
 
@@ -169,8 +169,8 @@ def evaluate(run, task):
         max_new_tokens=max_new_tokens, sampling=Sampling(temperature=0.0))
     if mine:
         question = task.conversation(mine[0])[-2]['content']
-        answer = run.tokenizer.transcript(requests[0].ids)
-        say(f'  > {question}\n  | {answer}'.replace('\n', '\n  | '))
+        answer = run.tokenizer.transcript(requests[0].ids).replace('\n', '\n  | ')
+        say('  > ' + question.replace('\n', '\n  > ') + '\n  | ' + answer)
     folders = [folder for folder, _ in examples]
     parts = list(dict.fromkeys(folders))
     correct = torch.zeros(len(parts))

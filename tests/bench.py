@@ -144,7 +144,6 @@ def large():
         model = model.to(dtype).to_empty(device=DEVICE).eval()
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        model.lm_head.bias.zero_()
         if dtype == torch.float32:
             quantize_model(model)
         one = timed(lambda model=model: generate(model, [[1]], 32, GREEDY)) / 32

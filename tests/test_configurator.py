@@ -94,7 +94,7 @@ def test_a_value_of_another_type_is_refused(text, kind):
         (['--batch_size=many'], "batch_size='many' is not of type int"),
         (['--CONSTANT=1'], 'no such setting'),
         (['--inner=1'], 'no such setting'),
-        (['--batch_size'], '--key=value'),
+        (['--batch_size'], 'expected --key=value'),
         (['-x=1'], '--key=value'),
         (['missing.py'], 'missing.py: no such config file'),
     ],

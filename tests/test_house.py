@@ -90,10 +90,11 @@ def test_every_field_of_the_network_is_read_in_model_py():
 
 
 def test_the_four_files_are_read_in_one_sitting():
-    """Their length, in lines of at most 100 characters with one statement each."""
+    """Budgets of this repository, for its maintainers: in a copy of your own, raise them above."""
     for name, most in BUDGETS.items():
         lines = (ROOT / name).read_text().splitlines()
-        assert len(lines) <= most and max(map(len, lines)) <= 100
+        assert len(lines) <= most, f'{name} is over its budget: simplify, or raise BUDGETS'
+        assert max(map(len, lines)) <= 100
         statements = [node for node in ast.walk(ast.parse('\n'.join(lines)))
                       if isinstance(node, ast.stmt)]  # fmt: skip
         starts = [node.lineno for node in statements]
@@ -156,18 +157,32 @@ def test_a_stage_that_is_not_there_is_named(core):
     assert 'Traceback' not in text
 
 
-@pytest.mark.parametrize('room', sorted(path.stem for path in ROOT.glob('extras/*.py')))
-def test_without_one_room_all_others_can_be_entered(room, tmp_path):
-    """Each program of extras/ prints its help in a copy where one other file is missing."""
+WITHOUT_ONE = """
+import importlib, pathlib, sys
+extras = sorted(pathlib.Path('extras').glob('*.py'))
+names = ['train'] + [f'{path.parent.name}.{path.stem}'
+                     for path in extras + sorted(pathlib.Path('stages').glob('*.py'))]
+for missing in extras:
+    for name in [name for name in sys.modules if name.split('.')[0] in (
+            'train', 'sample', 'model', 'configurator', 'data', 'stages', 'extras')]:
+        del sys.modules[name]
+    text = missing.read_bytes()
+    missing.unlink()
+    for name in names:
+        if name != f'extras.{missing.stem}':
+            importlib.import_module(name)
+    missing.write_bytes(text)
+    print('without', missing.stem)
+"""
+
+
+def test_without_one_room_all_others_can_be_entered(tmp_path):
+    """Every program and stage is imported in a copy where one file of extras/ is missing."""
     folder = tmp_path / 'oneloop'
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        '.git', '*.bin', 'out*', 'tests', 'assets', '__pycache__', f'{room}.py'))  # fmt: skip
-    others = [path.stem for path in (folder / 'extras').glob('*.py')]
-    code = 'import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)'
-    names = [f'extras.{name}' for name in others]
-    names += [f'stages.{path.stem}' for path in (folder / 'stages').glob('*.py')]
-    assert len(names) > 10
-    command(folder, '-c', code, 'train', *names)
+        '.git', '*.bin', 'out*', 'tests', 'assets', '__pycache__'))  # fmt: skip
+    text = command(folder, '-c', WITHOUT_ONE)
+    assert text.count('without') == len(list(ROOT.glob('extras/*.py'))) > 9
 
 
 def test_assets_holds_pictures_alone():

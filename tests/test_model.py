@@ -328,7 +328,7 @@ def test_each_block_sees_the_embedding_again_as_much_as_it_learned_to_want():
     torch.testing.assert_close(model(idx)[0], plain(idx)[0])
     model.keep.data = torch.tensor([0.9, 0.5])
     model.again.data = torch.tensor([0.2, -0.3])
-    context = model.context(idx, None)
+    context = model.make_context(idx, None)
     first, second = model.transformer.h
     x0 = F.rms_norm(model.transformer.wte(idx), (32,))
     x = first(1.1 * x0, context)

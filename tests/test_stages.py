@@ -74,7 +74,7 @@ def settings(monkeypatch, talks):
             assert owners, name
 
     lay(batch_size=3, gradient_accumulation_steps=2, block_size=64, seed=1, dataset=str(talks))
-    lay(stage='sft', dropout=0.0)
+    lay(stage='sft')
     lay(grad_clip=0.0, warmup_iters=0, decay_lr=False, eval_iters=0, num_prompts=3, num_samples=4)
     lay(max_new_tokens=6, rollout_rows=5, eval_examples=4, log_interval=1)
     for room in rl, dpo, distill:
@@ -613,7 +613,7 @@ def test_explain_prints_what_is_in_play_with_its_weight_and_loss(talks, taught, 
             'there are 62 tokens',
         ),
         (dict(dataset='{dataset}'), 'do not have the same tokenizer'),
-        (dict(init_from='resume'), 'nothing is saved there yet: leave'),
+        (dict(init_from='resume'), 'nothing is saved there yet: drop'),
         (dict(num_samples=1), 'ask for 2 or more'),
 
     ],

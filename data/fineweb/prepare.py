@@ -12,10 +12,10 @@ from configurator import configure  # noqa: E402
 from data.web import prepare_web  # noqa: E402
 
 source = ''      # local files: 'folder/*.parquet' or '*.jsonl'; '' fetches them from the hub
-max_shards = 0   # stop after so many shards of about 100M tokens; 0: all
-held_out = 1000  # one document in so many is kept for validation
+max_shards = 0   # stop after this many shards of about 100M tokens; 0: all; at least 0
+held_out = 1000  # one document in this many is held out for validation; at least 1
 out_dir = ''     # where the token files go; '' is beside this file
-processes = 0    # tokenizing in parallel; 0: one for each processor
+processes = 0    # tokenizing in parallel; 0: one per processor; at least 0
 
 REPOSITORY = 'HuggingFaceFW/fineweb-edu', 'sample/10BT/'
 

@@ -18,7 +18,7 @@ from data.files import by_hand, write_texts  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''      # local files: 'folder/*.jsonl'; '' fetches HuggingFaceTB/smol-smoltalk
-held_out = 100   # of local files, one conversation in so many is kept for validation
+held_out = 100   # of local files, one conversation in this many is held out; at least 1
 
 
 def rendered(conversations):
