@@ -15,8 +15,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import write, write_meta
+from configurator import configure
+from data.files import by_hand, write, write_meta
 from data.tokenizer import Tokenizer
+
+source = ''      # local files: 'folder/*.parquet' or '*.jsonl'; '' fetches them from the hub
+max_shards = 0   # stop after this many shards of about 100M tokens; 0: all; at least 0
+held_out = 1000  # one document in this many is held out for validation; at least 1
+out_dir = ''     # where the token files go; '' is beside the data set's prepare.py
+processes = 0    # tokenizing in parallel; 0: one per processor; at least 0
 
 GROUPS = 100    # row groups a shard
 LINES = 1000    # lines of a jsonl file that count as a row group
@@ -117,3 +124,10 @@ def prepare_web(folder, source, repository, within, held_out, max_shards, proces
             for paths in shards.values() for path in paths}
     write_meta(folder, Tokenizer({'kind': 'gpt2'}), origin[0], 'uint16', counts, sums)
     print(f'{counts["train"]:,} tokens to train on, {counts["val"]:,} to validate')
+
+
+def main(folder, doc, repository, within):
+    """The program of a data set's prepare.py: its settings are those of this file."""
+    values, _ = configure({**globals(), '__doc__': doc})
+    by_hand(prepare_web, values['out_dir'] or folder, values['source'], repository, within,
+            values['held_out'], values['max_shards'], values['processes'] or None)

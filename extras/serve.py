@@ -366,6 +366,12 @@ async def pieces(requests, changed, http=None):
             yield request, piece
 
 
+def wake(loop, changed):
+    """Set a client's Event from the decoding thread."""
+    with contextlib.suppress(RuntimeError):     # the loop has been closed: the server stops
+        loop.call_soon_threadsafe(changed.set)
+
+
 def cancel(requests):
     for request in requests:
         request.cancelled = True
@@ -435,7 +441,7 @@ class Api:
         values, loop, changed = read(body, chat), asyncio.get_running_loop(), asyncio.Event()
         requests = requests_of(self.endpoint, values, chat, self.queue.limit)
         for request in requests:
-            request.wake = functools.partial(loop.call_soon_threadsafe, changed.set)
+            request.wake = functools.partial(wake, loop, changed)
         self.queue.put([request for request in requests if not request.reason])
         if values['stream']:
             return StreamingResponse(self.stream(requests, changed, values, chat),

@@ -306,8 +306,8 @@ def test_preparing_by_hand_says_what_is_wrong():
 
 @pytest.mark.parametrize('prepare', [True, False])
 def test_a_data_set_that_only_a_run_can_write_says_how(prepare, tmp_path):
-    command = 'python sample.py --write=there'
+    command = 'python -m extras.write_answers --folder=there'
     (tmp_path / 'prepare.py').write_text(f'COMMAND = {command!r}')
-    assert missing(tmp_path, prepare).endswith(f'not there; {command}')
+    assert missing(tmp_path, prepare).endswith(f'not prepared; run {command}')
     (tmp_path / 'train.bin').touch()
     assert missing(tmp_path, prepare) == ''
