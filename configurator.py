@@ -58,7 +58,7 @@ def coerce(value, kind):
         number = float(value)
         if kind is float and number == number:      # not NaN
             return number
-        if kind is int and number == number // 1:   # 1e3 is as good an int as 1000; 0.5 is none
+        if kind is int and number == number // 1:   # 1e3 is as good an int as 1000; 0.5 is not
             return int(value) if str(value).lstrip('+-').isdigit() else int(number)
     raise ValueError(value)
 
@@ -83,8 +83,8 @@ def run_file(path, values):
             and not name.startswith('_') and not inspect.ismodule(value)}
 
 
-def lay(layers, sources):
-    """Lay (layer, name, value)s over the defaults of sources. -> {name: value}, what is wrong"""
+def apply_layers(layers, sources):
+    """(layer, name, value)s over the defaults of sources -> {name: value}, what is wrong"""
     values, settings, problems = {}, read_settings(*sources), []
     for source in reversed(sources):
         get = source.get if isinstance(source, dict) else functools.partial(getattr, source)
@@ -113,8 +113,8 @@ def configure(namespace, argv=None, others=lambda values: []):
     layers, sources, argv = [], [namespace], sys.argv[1:] if argv is None else argv
     try:
         for arg in [*argv, '']:
-            sources = [namespace, *others(lay(layers, sources)[0])]
-            values, problems = lay(layers, sources)
+            sources = [namespace, *others(apply_layers(layers, sources)[0])]
+            values, problems = apply_layers(layers, sources)
             name, equals, value = arg.removeprefix('--').partition('=')
             if arg and not arg.startswith('-'):
                 layers += [(arg, *pair) for pair in run_file(arg, values).items()]

@@ -212,7 +212,7 @@ def decode(model, requests, rows):
 
 
 def step(model, cache, live, first, last):
-    """Let rows first .. last - 1 read; those that have read all get a token. Yields the requests"""
+    """Let rows first .. last - 1 read; rows with nothing pending then get a token. Yields them"""
     ready, logits = read_pending(model, cache.part(first, last), live[first:last])
     drawn = draw(logits, [row.request for row in ready], [row.rng for row in ready])
     for row, token, logprob in zip(ready, *drawn, strict=True):
@@ -271,7 +271,7 @@ def release(live, cache):
 
 
 def share_prompt(live, i, cache):
-    """Let a new row copy its prompt, all but the last token, from an earlier row with the same."""
+    """Let a new row copy its prompt, all but the last token, from a row with the same prompt."""
     row, same = live[i], (j for j in range(i) if not live[j].slid
                           and live[j].request.prompt == live[i].request.prompt)
     twin = None if row.held or row.slid else next(same, None)

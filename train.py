@@ -130,7 +130,7 @@ class Run:
         batch = [t for t in batch if t is not None]
         if self.device.startswith('cuda'):      # pinned, so that the copy overlaps the GPU's work
             batch = [t if t.is_cuda else t.pin_memory() for t in batch]
-            batch = [t.to(self.device, non_blocking=True) for t in batch]
+        batch = [t.to(self.device, non_blocking=True) for t in batch]
         with torch.autocast(self.device.split(':')[0], self.dtype, self.dtype != torch.float32):
             return network(*batch)
 
@@ -300,13 +300,13 @@ def show(run):
 def find_stage(values):
     """-> the module of a stage, None for one that reads rows. values: all settings by name"""
     name, folder = values['stage'], Path(__file__).with_name('stages')
-    known = [*TEXT_STAGES, 'sft', *sorted(file.stem for file in folder.glob('*.py'))]
+    known = [*TEXT_STAGES, 'sft', *sorted(file.stem for file in folder.glob('[a-z]*.py'))]
     if name not in known:
         raise ValueError(f'--stage={name}: no such stage; there are: {" ".join(known)}')
     return importlib.import_module(f'stages.{name}') if name in known[3:] else None
 
 
-def settings_beside(values):
+def other_settings(values):
     """Other sources of settings: the stage's file, the card's in a dry run, GPTConfig."""
     module, card = find_stage(values), extra('card') if values['dry_run'] else None
     modules = [module, *getattr(module, 'USES', ()), card]
@@ -365,7 +365,7 @@ def make_run(config):
 
 
 def main():
-    config, origin = configure(globals(), others=settings_beside)
+    config, origin = configure(globals(), others=other_settings)
     try:
         run, checkpoint = make_run(config)
         if card := extra('card'):
@@ -375,8 +375,8 @@ def main():
         runs.restore(run, checkpoint)
         batches, evaluate = run.stage.start(run)
         if explain:
-            from extras import explain as printed
-            return printed.show(run, next(batches(run.step), None))
+            from extras.explain import explain_batch
+            return explain_batch(run, next(batches(run.step), None))
         if eval_only:
             return assess(run, evaluate)
         runs.open_folder(run, resumed=bool(checkpoint))

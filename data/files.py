@@ -227,7 +227,7 @@ def read_metas(parts, check=True):
             'hashes': {folder: meta.get('sha256', {}) for folder, meta in metas.items()}}
 
 
-def by_hand(prepare, *args):
+def run_prepare(prepare, *args):
     """Prepare a data set for somebody who asked for it: what is wrong is said in one line."""
     try:
         prepare(*args)

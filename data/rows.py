@@ -112,7 +112,7 @@ class Conversations:
     """
 
     def __init__(self, folder, split, length, vocab_size=None):
-        """length: of a row, in tokens. truncated: how many conversations are longer, and are."""
+        """length: of a row, in tokens. truncated: how many are longer, and were cut."""
         self.length, path = length, Path(folder) / f'{split}.bin'
         if not path.with_suffix('.mask.bin').exists():
             raise ValueError(f'{folder}: there is no {split}.mask.bin, so these are no '

@@ -39,6 +39,9 @@ def check(config, stage, schedules):
         raise ValueError(f'--lr_schedule={config["lr_schedule"]}: choose one of '
                          f'{", ".join(schedules)}')
     world = int(os.environ.get('WORLD_SIZE', 1))
+    if config['decay_lr'] and config['min_lr'] > config['learning_rate']:
+        raise ValueError(f'--min_lr={config["min_lr"]} is above --learning_rate='
+                         f'{config["learning_rate"]}: the rate would rise')
     names = ['num_prompts'] if stage.samples else ['batch_size', 'gradient_accumulation_steps']
     if math.prod(config[name] for name in names) % world:
         named = ' x '.join(f'--{name}={config[name]}' for name in names)
@@ -57,7 +60,7 @@ def check(config, stage, schedules):
 
 def choose_data(config, local_rank):
     """
-    Prepare dataset, or fallback_dataset if that cannot be had, which is said loudly. The first
+    Prepare dataset, or fallback_dataset if that cannot be had, with a warning. The first
     process of a machine does; the others wait. Changes dataset and out_dir in config
     """
     names, dry_run = [config['dataset'], config['fallback_dataset']], config['dry_run']
@@ -161,8 +164,8 @@ def restore(run, checkpoint):
     states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
     states = states if isinstance(states, list) else [states]
     if len(states) != len(run.optimizers):
-        raise ValueError('--init_from=resume goes on with the optimizers of the checkpoint: '
-                         'leave muon_lr out')
+        raise ValueError('--init_from=resume continues with the optimizers of the checkpoint: set '
+                         f'--muon_lr to {"a rate" if len(states) > 1 else 0}, as that run had it')
     for optimizer, state in zip(run.optimizers, states, strict=True):
         optimizer.load_state_dict(state)
     if checkpoint.get('scaler'):

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
-from data.files import by_hand, write, write_meta
+from data.files import run_prepare, write, write_meta
 from data.tokenizer import Tokenizer
 
 source = ''      # local files: 'folder/*.parquet' or '*.jsonl'; '' fetches them from the hub
@@ -129,5 +129,5 @@ def prepare_web(folder, source, repository, within, held_out, max_shards, proces
 def main(folder, doc, repository, within):
     """The program of a data set's prepare.py: its settings are those of this file."""
     values, _ = configure({**globals(), '__doc__': doc})
-    by_hand(prepare_web, values['out_dir'] or folder, values['source'], repository, within,
+    run_prepare(prepare_web, values['out_dir'] or folder, values['source'], repository, within,
             values['held_out'], values['max_shards'], values['processes'] or None)

@@ -49,7 +49,7 @@ def chat(model, tokenizer, taught, sampling):
                 question = tokenizer.render([{'role': 'user', 'content': line}])[0][1:]
                 prompt, left_out = tokenizer.fit([*turns, question], room)
                 if left_out:
-                    print(f'(it no longer sees the first {left_out} messages: its window is full)')
+                    print(f'(the first {left_out} messages are dropped from the context)')
                 ids = answer(model, tokenizer, Request(
                     prompt, max_new_tokens, sampling, next(seeds), (end, tokenizer.end), tool))
                 if ids:

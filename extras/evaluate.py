@@ -49,9 +49,11 @@ def evaluate(model, tokenizer, questions, sampling):
 
 
 def main():
-    config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8)])
+    config, origin = configure(globals(), others=lambda values: [Sampling(temperature=0.8)])
     sampling = Sampling(temperature=0.0) if votes == 1 else Sampling.of(config)
     try:
+        if votes == 1 and {'temperature', 'top_k', 'top_p'} & origin.keys():
+            raise ValueError('one answer is greedy: temperature, top_k and top_p go with --votes=')
         questions, table = task_of(DATA / task), {}
         lineage = load_model(out_dir)[2].get('lineage', [])
         runs = [entry.get('init_from', '') for entry in lineage]
@@ -66,16 +68,18 @@ def main():
                 continue    # GPT-2's tokens, before a stage gave it those of a chat
             table[folder] = evaluate(model, tokenizer, questions, sampling)
             if len(table) == 1:
-                print(f'{num_examples} questions'.ljust(width), *table[folder], sep='  ')
-            cells = (f'{value:.1%}'.rjust(len(name)) for name, value in table[folder].items())
+                names = (name.rjust(6) for name in table[folder])
+                print(f'{num_examples} questions'.ljust(width), *names, sep='  ')
+            cells = (f'{value:.1%}'.rjust(max(6, len(name)))
+                     for name, value in table[folder].items())
             print(folder.ljust(width), *cells, sep='  ', flush=True)
+        if tools and votes == 1 and (plot := extra('plot')):    # a picture of the runs as they are
+            target = folder_of(out_dir) / 'stages.png'
+            plot.draw([folder_of(run) for run in table], target, f'the stages on data/{task}',
+                      [row['all'] for row in table.values()])
+            print(f'drawn: {target}')
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    if tools and votes == 1 and (plot := extra('plot')):    # a picture of the runs as they are
-        target = folder_of(out_dir) / 'stages.png'
-        plot.draw([folder_of(run) for run in table], target, f'the stages on data/{task}',
-                  [row['all'] for row in table.values()])
-        print(f'drawn: {target}')
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ import torch
 
 
 @torch.no_grad()
-def show(run, batch):
+def explain_batch(run, batch):
     """Print a batch: each token and its target, in colour if that is in play, its weight, loss."""
     if batch is None:
         raise ValueError('this step has no target tokens')

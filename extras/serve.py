@@ -61,9 +61,10 @@ FIELDS = {
     'max_tokens': (int, None), 'max_completion_tokens': (int, None), 'n': (int, 1),
     'seed': (int, None), 'stop': ((str, list), None), 'stream': (bool, False),
     'stream_options': (dict, None), 'echo': (bool, False), 'logprobs': ((int, bool), None),
+    'top_logprobs': (int, None),
     **{f.name: (f.type, f.default) for f in fields(Sampling)}}
 LIMITS = {'max_tokens': (0, 100_000), 'max_completion_tokens': (1, 100_000), 'n': (1, 16),
-          'seed': (0, 2 ** 63 - 1), 'logprobs': (0, 20)}
+          'seed': (0, 2 ** 63 - 1), 'logprobs': (0, 20), 'top_logprobs': (0, 20)}
 LIMITS |= {name: range_of(text) for name, (_, text) in read_settings(Sampling).items()}
 LIMITS['temperature'] = 0, 2    # OpenAI's
 
@@ -101,7 +102,7 @@ def read(body, chat):
             raise Refusal(f'{name} must be from {low} to {high}', param=name)
         fields[name] = value
     if isinstance(fields['logprobs'], bool):    # as in a chat; completions say how many others
-        fields['logprobs'] = 0 if fields['logprobs'] else None
+        fields['logprobs'] = (fields['top_logprobs'] or 0) if fields['logprobs'] else None
     fields['stop'] = strings(fields['stop'], 'stop')
     if chat:
         fields['messages'] = read_messages(fields['messages'])

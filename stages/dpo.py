@@ -21,7 +21,7 @@ from data.files import say
 from data.rows import Conversations, pad
 from data.runs import load_reference
 
-dpo_beta = 0.1               # how soon a pair counts as told apart; at least 0
+dpo_beta = 0.1               # strength of the preference margin; at least 0
 
 
 def stage():

@@ -54,7 +54,7 @@ def build(shape, dtype=torch.float32):
 
 def begin(train, layers):
     """-> a Run with these settings, as main() makes it."""
-    config, _ = configure(vars(train), layers, train.settings_beside)
+    config, _ = configure(vars(train), layers, train.other_settings)
     return train.make_run(config)[0]
 
 

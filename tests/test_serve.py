@@ -159,9 +159,11 @@ def test_a_harness_can_score_a_text(client, model):
         scores.token_logprobs[1:], abs=1e-4
     )
     said = client.chat.completions.create(
-        model='tiny', messages=[{'role': 'user', 'content': 'be'}], logprobs=True, max_tokens=4
-    )
+        model='tiny', messages=[{'role': 'user', 'content': 'be'}], logprobs=True, max_tokens=4,
+        top_logprobs=2,
+    )  # fmt: skip
     assert 1 <= len(said.choices[0].logprobs.content) <= 4
+    assert all(len(token.top_logprobs) == 2 for token in said.choices[0].logprobs.content)
 
 
 def test_a_model_that_was_never_taught_completes_the_text(model):

@@ -196,6 +196,23 @@ def test_evaluation_is_the_loss_over_every_target_once(dataset, settings):
     assert (sum(sums)[0] / sum(sums)[1]).item() == pytest.approx(score, rel=1e-5)
 
 
+@pytest.mark.parametrize('device', ['cpu', 'mps', 'cuda:1'])
+def test_a_batch_goes_to_the_device_whatever_it_is(dataset, settings, device):
+    class Tensor:
+        is_cuda, moved = False, None
+
+        def pin_memory(self):
+            return self
+
+        def to(self, where, non_blocking):
+            self.moved = where
+            return self
+
+    run = make_run(dataset, device=device)
+    batch = run.forward(lambda *batch: batch, Tensor(), Tensor(), None)
+    assert [t.moved for t in batch] == [device, device]
+
+
 def test_eval_iters_caps_the_batches(dataset, settings):
     settings(eval_iters=2)
     run, seen = make_run(dataset), []
@@ -529,6 +546,8 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
         (['none.py'], 'no such config'),
         (['--norm=batch'], "norm = 'batch'"),
         (['--dropout=2'], 'dropout'),
+        (['--min_lr=1'], '--min_lr=1.0 is above --learning_rate=0.003'),
+        (['--warmdown=0'], 'warmdown=0: must be from 1e-6 to 1'),
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, load_splits, read_questions, write_questions  # noqa: E402
+from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
@@ -49,4 +49,4 @@ def prepare(source='', folder=HERE):
 
 if __name__ == '__main__':
     configure(globals())
-    by_hand(prepare, source)
+    run_prepare(prepare, source)

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, write, write_conversations  # noqa: E402
+from data.files import run_prepare, write, write_conversations  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
@@ -245,4 +245,4 @@ def prepare(folder=HERE):
 
 if __name__ == '__main__':
     configure(globals())
-    by_hand(prepare, Path(out_dir or HERE))
+    run_prepare(prepare, Path(out_dir or HERE))

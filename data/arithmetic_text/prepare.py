@@ -24,7 +24,7 @@ from data.arithmetic.prepare import (  # noqa: E402
     word_of,
     wording,
 )
-from data.files import by_hand, write_tokens  # noqa: E402
+from data.files import run_prepare, write_tokens  # noqa: E402
 
 characters = 4_000_000  # of text to train on
 
@@ -74,4 +74,4 @@ def prepare(folder=Path(__file__).parent):
 
 if __name__ == '__main__':
     configure(globals())
-    by_hand(prepare)
+    run_prepare(prepare)

@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, download, write_tokens  # noqa: E402
+from data.files import download, run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''  # a text file to read; '' is input.txt beside this file, downloaded if it is not there
@@ -38,4 +38,4 @@ def prepare(source='', folder=HERE):
 
 if __name__ == '__main__':
     configure(globals())
-    by_hand(prepare, source)
+    run_prepare(prepare, source)

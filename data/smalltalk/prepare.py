@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from configurator import configure  # noqa: E402
 from data.arithmetic.prepare import tokenizer  # noqa: E402
-from data.files import by_hand, write_conversations  # noqa: E402
+from data.files import run_prepare, write_conversations  # noqa: E402
 
 conversations = 2000    # to train on
 seed = 1                # which they are
@@ -92,4 +92,4 @@ def prepare(folder=Path(__file__).parent):
 
 if __name__ == '__main__':
     configure(globals())
-    by_hand(prepare)
+    run_prepare(prepare)

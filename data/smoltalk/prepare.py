@@ -14,7 +14,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure  # noqa: E402
-from data.files import by_hand, write_texts  # noqa: E402
+from data.files import run_prepare, write_texts  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''      # local files: 'folder/*.jsonl'; '' fetches HuggingFaceTB/smol-smoltalk
@@ -47,4 +47,4 @@ def fetch(source='', folder=HERE):
 
 if __name__ == '__main__':
     configure(globals())
-    by_hand(fetch, source)
+    run_prepare(fetch, source)

@@ -1,0 +1,1 @@
+"""What there is to read: tokens, rows, runs, tasks, and a folder for each data set."""

@@ -1,0 +1,1 @@
+"""One file per stage of training beyond text and conversations."""
