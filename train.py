@@ -225,27 +225,29 @@ def update(run, microbatches, step):
 
 
 def apply_gradient(run, loss, in_play, rate):
-    """Divide the gradient by N, clip it, take an optimizer step. -> its norm. Without a finite
-    gradient the weights stay as they are, and so they do with nothing in play: Muon would make
-    a full-sized update of a gradient of zeros."""
-    if in_play:
-        for optimizer in run.optimizers:
-            run.scaler.unscale_(optimizer)
-    scale = run.world / max(in_play, 1)     # DistributedDataParallel has divided by run.world
+    """
+    Divide the gradient by N, clip it, take an optimizer step. -> its norm. No step is taken with
+    nothing in play (Muon turns zeros into a full-sized update), nor if the gradient is not finite.
+    """
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    if not in_play:
+        run.model.zero_grad(set_to_none=True)
+        return 0.0
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    scale = run.world / in_play     # DistributedDataParallel has divided by run.world
     norm = torch.nn.utils.get_total_norm(grads).item() * scale
     finite = math.isfinite(norm) and math.isfinite(loss)
     overflow = run.scaler.is_enabled() and math.isfinite(loss)  # fp16 is looking for its scale
     run.skipped = 0 if finite or overflow else run.skipped + 1
-    if finite and in_play:
+    if finite:
         clip = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
         torch._foreach_mul_(grads, scale * clip)
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = optimizer.defaults['lr'] * rate
             run.scaler.step(optimizer)
-    if in_play:
-        run.scaler.update()
+    run.scaler.update()
     run.model.zero_grad(set_to_none=True)
     return norm
 
@@ -347,9 +349,7 @@ def make_run(config):
     if compile or (compile is None and where.startswith('cuda')):
         network = torch.compile(model)
     if world > 1:
-        network = nn.parallel.DistributedDataParallel(
-            network, device_ids=[local_rank] if where.startswith('cuda') else None,
-            broadcast_buffers=False)
+        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,

@@ -11,6 +11,7 @@ rollout_rows = 512
 eval_examples = 400
 learning_rate = 3e-5
 muon_lr = 0.0005
+min_lr = 0.0
 weight_decay = 0.0                  # a question is seen a few times, its answers never twice
 warmup_iters = 5
 lr_schedule = 'linear'

@@ -291,7 +291,7 @@ def load_reference(run, source):
     """
     if source in ('', 'scratch'):
         raise ValueError(f'--stage={run.config["stage"]} needs a run that has learned something: '
-                         '--init_from= or --teacher=')
+                         f'--{"teacher" if "teacher" in run.config else "init_from"}=')
     model, _ = load_fitting(source, run.config, run.meta)
     digest = hashlib.sha256()
     for p in model.parameters():

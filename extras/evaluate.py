@@ -3,8 +3,8 @@ The exam: how many of a task's test questions a run and the runs it was made fro
 
     python -m extras.evaluate --out_dir=out-arithmetic-rl --task=arithmetic --max_new_tokens=120
 
-Prints a row for each run and draws stages.png in the last one's folder: losses, rewards and these
-accuracies on one page.
+Prints a row for each run and, without --votes, draws stages.png in the last one's folder: losses,
+rewards and these accuracies on one page.
 """
 import itertools
 import sys

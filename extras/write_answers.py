@@ -1,4 +1,4 @@
-"""
+r"""
 A run's own answers to training questions, as a data set to learn from.
 
     python -m extras.write_answers --out_dir=out-arithmetic-rl --task=arithmetic \
@@ -9,11 +9,12 @@ correct and a wrong answer to each question (for stage dpo).
 """
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
-from data.files import DATA, write_texts
+from data.files import DATA, load_script, write_texts
 from data.tasks import answer_questions, in_play, task_of
 from sample import Sampling, open_model
 
@@ -56,6 +57,7 @@ def write_answers(model, tokenizer, questions, sampling):
     if not all(splits.values()):
         raise ValueError(f'{num_examples} questions gave too little to learn from: ask more')
     write_texts(folder, tokenizer, f'answers of {out_dir} to questions of {task}', **splits)
+    print(f'{sum(map(bool, texts))} of {len(texts)} questions gave something to learn, in {folder}')
 
 
 def main():
@@ -63,6 +65,9 @@ def main():
     try:
         if not folder:
             raise ValueError('--folder= says where the data set goes, such as data/my_answers')
+        script = Path(folder, 'prepare.py')
+        if script.exists() and not hasattr(load_script(script.parent), 'COMMAND'):
+            raise ValueError(f'--folder={folder} holds another data set: choose a new folder')
         questions = task_of(DATA / task)
         model, tokenizer, _ = open_model(out_dir, device, dtype)
         write_answers(model, tokenizer, questions, Sampling.of(config))

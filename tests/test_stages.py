@@ -712,6 +712,13 @@ def test_a_run_that_knows_no_chat_tokens_is_not_graded(talks, taught, tmp_path, 
     assert 'this model knows no chat tokens' in text
 
 
+def test_answers_are_not_written_over_another_data_set(talks, taught):
+    before = (talks / 'train.bin').read_bytes()
+    text = inside('extras/write_answers.py', f'--out_dir={taught}', f'--task={talks}',
+                  f'--folder={talks}', '--device=cpu', ok=False)  # fmt: skip
+    assert 'holds another data set' in text and (talks / 'train.bin').read_bytes() == before
+
+
 def test_answers_need_a_folder_to_be_written_to(taught, tmp_path):
     text = inside('extras/write_answers.py', f'--out_dir={taught}', cwd=tmp_path, ok=False)
     assert '--folder= says where' in text and not list(tmp_path.iterdir())
