@@ -11,7 +11,7 @@ import copy
 import os
 import sys
 import time
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,7 @@ def draw(logits, requests, rngs):
     """logits: (B, V), a generator for each row -> list of B ids, list of their log-probabilities"""
     if all(request.sampling.temperature == 0 for request in requests):
         return logits.argmax(1).tolist(), [0.0] * len(requests)
-    settings = torch.tensor([astuple(request.sampling) for request in requests])    # (B, fields)
+    settings = torch.tensor([[*vars(request.sampling).values()] for request in requests])
     probs = probabilities(logits, *settings.to(logits.device).T[:, :, None])
     probs = probs if probs.device.type != 'mps' else probs.cpu()    # it has no float64
     # The first token whose cumulative probability exceeds the draw: no token of probability 0.
