@@ -105,6 +105,18 @@ def pad(texts, length=0):
     return tuple(map(torch.from_numpy, (x[:, :-1], y[:, 1:], w[:, 1:])))
 
 
+def microbatches(run, examples):
+    """Examples as x, y, w, those of like lengths together; as many batches in every process."""
+    batch_size = run.config['batch_size']
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    count = torch.tensor(-(-len(examples) // batch_size))
+    if dist.is_initialized():
+        count = count.cuda() if dist.get_backend() == 'nccl' else count
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+    for i in range(0, int(count) * batch_size, batch_size):
+        yield pad(examples[i:i + batch_size] or [([0, 0], [False] * 2, 0)])
+
+
 class Conversations:
     """
     One split of a data set of conversations. Each begins with the begin token and is kept whole in

@@ -200,7 +200,7 @@ class Endpoint:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if ids and max(ids) >= self.model.config.vocab_size:
             raise ValueError(f'this model has no token {max(ids)}')
-        return ids or [self.tokenizer.end or 0]
+        return ids or self.tokenizer.begin
 
     def conversation(self, messages):
         """-> ids. Half of the window is for the answer; what does not fit the other is left out."""

@@ -15,7 +15,7 @@ their number.
 """
 import torch
 
-from data.rows import read_rows
+from data.rows import microbatches, read_rows
 from data.runs import load_reference
 from data.tasks import tasks_of
 from stages import rl
@@ -39,7 +39,7 @@ def start_on_policy(run):
     def batches(step):
         requests, _ = rl.rollouts(run, task, step)
         examples = [rl.example_of(request, 1) for request in requests]
-        for x, y, _ in rl.microbatches(run, examples):
+        for x, y, _ in microbatches(run, examples):
             yield x, y, (run.log_probs(guide, x, y)
                          - run.log_probs(run.model, x, y))
 

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.files import say
-from data.rows import all_sum, pad
+from data.rows import all_sum, microbatches
 from data.runs import load_reference
 from data.tasks import answer_questions, in_play, tasks_of
 from sample import Sampling
@@ -77,8 +76,7 @@ def rollouts(run, task, step):
     seed, mine = run.config['seed'], slice(run.rank, None, run.world)
     examples = list(itertools.islice(task.examples('train', f'{seed} {step}'), num_prompts))
     if len(examples) < num_prompts:
-        raise ValueError(f'--dataset={run.config["dataset"]} has only {len(examples)} questions to '
-                         'train on')
+        raise ValueError(f'--dataset={run.config["dataset"]} has only {len(examples)} questions')
     seeds = np.random.SeedSequence((seed, step)).generate_state(num_prompts).tolist()
     examples, began = examples[mine], time.perf_counter()
     requests, rewards = answer_questions(
@@ -125,18 +123,6 @@ def merge_duplicates(examples):
     sizes = [float(sum(mask.sum() for _, mask, _ in each)) for each in (merged, examples)]
     read, whole = all_sum(torch.tensor(sizes))
     return [(ids, mask, weight * read / max(1, whole)) for ids, mask, weight in merged]
-
-
-def microbatches(run, examples):
-    """Examples as x, y, w, those of like lengths together; as many batches in every process."""
-    batch_size = run.config['batch_size']
-    examples = sorted(examples, key=lambda example: len(example[0]))
-    count = torch.tensor(-(-len(examples) // batch_size))
-    if dist.is_initialized():
-        count = count.cuda() if dist.get_backend() == 'nccl' else count
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-    for i in range(0, int(count) * batch_size, batch_size):
-        yield pad(examples[i:i + batch_size] or [([0, 0], [False] * 2, 0)])
 
 
 def clipped(w, ratio):

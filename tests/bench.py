@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import auto_device, configure, read_settings  # noqa: E402
 from data import tasks  # noqa: E402
 from data.files import DATA, Tokens  # noqa: E402
+from data.rows import microbatches  # noqa: E402
 from data.runs import load_model  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from extras.gpt2 import load_gpt2  # noqa: E402
@@ -262,7 +263,7 @@ def rl(folder):
     requests, _ = rl.rollouts(run, task, 11)
     began = time.perf_counter()
     everything = [rl.example_of(request, 0.1) for request in requests]
-    train.update(run, rl.microbatches(run, everything), 11)
+    train.update(run, microbatches(run, everything), 11)
     print(
         f'{dead:.0%} of the groups are dead; learning takes {learning / 10:.2f} s without them, '
         f'{time.perf_counter() - began:.2f} s with them'
