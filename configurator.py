@@ -23,10 +23,11 @@ WORDS = {'true': True, '1': True, 'false': False, '0': False, 'none': None}
 def read_settings(*sources):
     """sources: scripts' globals(), dataclasses or instances of one -> {name: (type, comment)}"""
     found = {}
-    for source in reversed(sources):    # of two settings of one name, the first source's counts
+    for source in sources:      # of two settings of one name, the first source's counts
         kind = source if isinstance(source, type) else type(source)
-        found |= parse(Path(source['__file__']).read_text(encoding='utf-8') if kind is dict
-                       else inspect.getsource(kind))
+        text = (Path(source['__file__']).read_text(encoding='utf-8') if kind is dict
+                else inspect.getsource(kind))
+        found = found | parse(text) | found
     return found
 
 
@@ -54,13 +55,10 @@ def coerce(value, kind):
         return WORDS[str(value).lower()]
     if kind is str and isinstance(value, str):
         return value
-    if kind in (int, float) and not isinstance(value, bool):
-        number = float(value)
-        if kind is float and number == number:      # not NaN
-            return number
-        if kind is int and number == number // 1:   # 1e3 is as good an int as 1000; 0.5 is not
-            return int(value) if str(value).lstrip('+-').isdigit() else int(number)
-    raise ValueError(value)
+    number = float(value)       # 1e3 is as good an int as 1000; 0.5 is not
+    if bool in (kind, type(value)) or kind is str or number != number or kind is int and number % 1:
+        raise ValueError(value)
+    return int(value) if kind is int and str(value).lstrip('+-').isdigit() else kind(number)
 
 
 def range_of(comment):
@@ -91,46 +89,43 @@ def apply_layers(layers, sources):
         values.update({name: get(name) for name in read_settings(source)})
     for layer, name, value in layers:
         kind, comment = settings.get(name, (None, ''))
+        low, high = range_of(comment)
         try:
             values[name] = coerce(value, kind) if kind else value
-            low, high = range_of(comment)
-            if kind is None:
-                near = difflib.get_close_matches(name, settings, n=1)
-                meant = f'did you mean {near[0]}?' if near else 'see --help'
-                meant = sources[0].get('MOVED', {}).get(name, meant)    # a former setting
-                problems.append(f'{layer}: {name}: no such setting; {meant}')
-            elif kind in (int, float) and not low <= values[name] <= high:
+            if kind in (int, float) and not low <= values[name] <= high:
                 problems.append(f'{layer}: {name}={value}: must be {comment.rpartition("; ")[2]}')
         except (TypeError, ValueError, OverflowError):
             problems.append(f'{layer}: {name}={value!r} is not of type {kind.__name__}')
+        if kind is None:
+            near = [f'did you mean {near}?' for near in difflib.get_close_matches(name, settings)]
+            moved = sources[0].get('MOVED', {}).get(name)   # where a former setting is now
+            problems.append(f'{layer}: {name}: no such setting; '
+                            f'{moved or [*near, "see --help"][0]}')
     return values, problems
 
 
 def configure(namespace, argv=None, others=lambda values: []):
     """Set a script's settings in namespace, its globals(), from argv (None: the command line).
     others: {name: value} so far -> more sources, as a stage's globals(), which are set as well.
-    A wrong setting ends the program in one line. -> {name: value}, {name: layer that set it}"""
+    -> {name: value}, {name: layer that set it}. Raises ValueError for the first wrong setting."""
     layers, sources, argv = [], [namespace], sys.argv[1:] if argv is None else argv
-    try:
-        for arg in [*argv, '']:
-            sources = [namespace, *others(apply_layers(layers, sources)[0])]
-            values, problems = apply_layers(layers, sources)
-            name, equals, value = arg.removeprefix('--').partition('=')
-            if arg and not arg.startswith('-'):
-                layers += [(arg, *pair) for pair in run_file(arg, values).items()]
-            elif arg.startswith('--') and equals:
-                layers.append(('command line', name, value))
-            elif arg not in ('-h', '--help', ''):
-                raise ValueError(f'{arg}: expected --key=value')
-        if {'-h', '--help'} & set(argv):
-            print(namespace['__doc__'], '\nSettings and their values:\n')
-            for name, (_, comment) in [p for s in sources for p in read_settings(s).items()]:
-                print(f'  --{name}={values[name]!r}'.ljust(42), comment)
-            sys.exit(0)
-        if problems:
-            raise ValueError(problems[0])
-    except ValueError as error:
-        sys.exit(str(error))
+    for arg in [*argv, '']:
+        sources = [namespace, *others(apply_layers(layers, sources)[0])]
+        values, problems = apply_layers(layers, sources)
+        name, equals, value = arg.removeprefix('--').partition('=')
+        if arg and not arg.startswith('-'):
+            layers += [(arg, *pair) for pair in run_file(arg, values).items()]
+        elif arg.startswith('--') and equals:
+            layers.append(('command line', name, value))
+        elif arg not in ('-h', '--help', ''):
+            raise ValueError(f'{arg}: expected --key=value')
+    if {'-h', '--help'} & set(argv):
+        print(namespace['__doc__'], '\nSettings and their values:\n')
+        for name, (_, comment) in read_settings(*sources).items():
+            print(f'  --{name}={values[name]!r}'.ljust(42), comment)
+        sys.exit(0)
+    if problems:
+        raise ValueError(problems[0])
     for source in sources:
         if isinstance(source, dict):
             source.update({name: values[name] for name in read_settings(source)})
@@ -139,28 +134,27 @@ def configure(namespace, argv=None, others=lambda values: []):
 
 def auto_device(device='auto', local_rank=0):
     """-> 'cuda:<local_rank>', 'mps' or 'cpu': the best here, or what was asked for (ValueError)."""
-    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(),
-                 'cpu': True}
     if device == 'auto':
-        device = next(kind for kind in available if available[kind])
-    kind, _, number = device.partition(':')
-    exists = kind != 'cuda' or number in ('', *map(str, range(torch.cuda.device_count())))
-    if not available.get(kind) or not exists:
-        raise ValueError(f'--device={device}: PyTorch finds no such device; choose cuda, mps, cpu')
-    return f'cuda:{local_rank}' if device == 'cuda' else device
+        device = (torch.accelerator.current_accelerator(True) or torch.device('cpu')).type
+    device = f'cuda:{local_rank}' if device == 'cuda' else device
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):      # the latter of a build without CUDA
+        raise ValueError(f'--device={device}: PyTorch finds no such device; choose cuda, mps or '
+                         'cpu') from None
+    return device
 
 
 def auto_dtype(dtype, device):
     """-> torch dtype; auto: bf16 where faster (a CPU is measured), fp16 on old CUDA, else fp32."""
-    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-        raise ValueError(f'--dtype={dtype}: choose auto, float32, bfloat16 or float16')
-    if dtype == 'float16' and not device.startswith('cuda'):
-        raise ValueError(f'--dtype=float16: only on CUDA; on {device} use bfloat16 or float32')
-    if dtype == 'auto' and device.startswith('cuda'):
+    cuda = device.startswith('cuda')
+    if dtype == 'auto' and cuda:
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
     elif dtype == 'auto':
         faster = device == 'cpu' and cpu_flops(torch.bfloat16, 256) > 1.3 * cpu_flops(n=256)
         dtype = 'bfloat16' if faster else 'float32'
+    if dtype not in ('float32', 'bfloat16', 'float16') or dtype == 'float16' and not cuda:
+        raise ValueError(f'--dtype={dtype}: choose auto, float32, bfloat16, float16 (only on CUDA)')
     return getattr(torch, dtype)
 
 

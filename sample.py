@@ -8,7 +8,6 @@ A row's context is at most block_size tokens; a longer prompt keeps its last one
 filled that window, its later half is read again as the new context, so text can be of any length.
 """
 import copy
-import os
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from configurator import auto_device, auto_dtype, configure
-from data.files import extra
+from data.files import extra, program
 from data.runs import load_model
 from data.tokenizer import Detokenizer
 
@@ -31,11 +30,12 @@ ignore_end = False      # continue after the end token
 seed = 1337             # sample i depends on seed + i alone; at least 0
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
+quantize = ''           # int8: weights of a byte each (extras/int8.py)
 compile = False         # torch.compile the model
 
 MOVED = dict.fromkeys(['chat', 'votes'], 'use python -m extras.chat') | {     # former settings
     'serve': 'use python -m extras.serve', 'task': 'use python -m extras.evaluate',
-    'quantize': 'use python -m extras.int8', 'write': 'use python -m extras.write_answers'}
+    'write': 'use python -m extras.write_answers'}
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def generate(model, prompts, max_new_tokens, sampling=Sampling(), seed=0, **how)
     return [request.ids for request in requests]
 
 
-def open_model(source, device='auto', dtype='auto'):
+def open_model(source, device='auto', dtype='auto', quantize=''):
     """-> model ready for decode(): on its device, in its precision; tokenizer, checkpoint"""
     torch.set_float32_matmul_precision('high')
     device = auto_device(device)
@@ -299,6 +299,9 @@ def open_model(source, device='auto', dtype='auto'):
     model.to(device, auto_dtype(dtype, device)).eval()
     if row_linear := extra('row_linear'):
         row_linear.use_row_linears(model)
+    if quantize:
+        from extras.int8 import quantize_model
+        quantize_model(model, quantize)
     return model, tokenizer, checkpoint
 
 
@@ -312,20 +315,15 @@ def read_prompt(tokenizer, model):
     return text, prompt
 
 
-def main(transform=lambda model: model):
+def main():
     """Print num_samples texts, the first as it is written."""
     config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8, top_k=200)])
-    try:
-        run = out_dir if init_from == 'resume' else init_from
-        model, tokenizer, _ = open_model(run, device, dtype)
-        transform(model)
-        text, prompt = read_prompt(tokenizer, model)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    source = out_dir if init_from == 'resume' else init_from
+    model, tokenizer, _ = open_model(source, device, dtype, quantize)
+    text, prompt = read_prompt(tokenizer, model)
     network = torch.compile(model, dynamic=True) if compile else model
-    end = () if ignore_end else tokenizer.ends
-    requests = [Request(prompt, max_new_tokens, Sampling.of(config), seed + i, end)
-                for i in range(num_samples)]
+    requests = [Request(prompt, max_new_tokens, Sampling.of(config), seed + i,
+                        () if ignore_end else tokenizer.ends) for i in range(num_samples)]
     began, detokenizer = time.perf_counter(), Detokenizer(tokenizer)
     print(text, end='')
     for request in decode(network, requests, num_samples):
@@ -340,11 +338,4 @@ def main(transform=lambda model: model):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:     # whoever read the output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    program(main)

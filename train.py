@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from configurator import auto_device, auto_dtype, configure
 from data import runs
-from data.files import extra, mixture_of, read_metas, say
+from data.files import extra, mixture_of, program, read_metas, say
 from data.rows import TEXT_STAGES, all_sum, read_rows
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, token_log_probs
@@ -384,10 +384,6 @@ def main():
             signal.signal(number, run.finish)
         loop(run, batches, evaluate)
         all_sum(torch.zeros(1))     # so that the processes end together
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    except ImportError as error:
-        sys.exit(f'{error}: pip install it, or restore the file if it is one of extras/')
     except (RuntimeError, MemoryError) as error:
         sys.exit(runs.out_of_memory(error, config))
     finally:
@@ -396,5 +392,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
-    main()
+    program(main)

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from configurator import configure
+
 DATA = Path(__file__).parent
 
 
@@ -26,6 +28,32 @@ def say(text):
     """Print a line, above a progress bar; of several processes only the first does."""
     if os.environ.get('RANK', '0') == '0':
         tqdm.write(text, sys.stdout)
+
+
+def program(main):
+    """Run a script's main(): what is wrong with its input ends it in one line."""
+    sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
+    try:
+        main()
+    except BrokenPipeError:     # whoever read the output has left, as in `| head`
+        os._exit(1)
+    except ImportError as error:
+        sys.exit(f'{error}: pip install it, or restore the file if it is one of extras/')
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run_prepare(script, prepare, *names):
+    """A prepare.py as a program. script: its globals(); prepare() takes these of its settings."""
+    def main():
+        configure(script)
+        try:
+            prepare(*[script[name] for name in names])
+        except KeyError as error:
+            raise ValueError(f'the source has no column {error}') from None
+    program(main)
 
 
 def download(urls, path, sha256, timeout=30):
@@ -225,16 +253,6 @@ def read_metas(parts, check=True):
         raise ValueError(f'--dataset={",".join(metas)}: these do not have the same tokenizer')
     return {**first, 'tokens': sum(m.get('counts', {}).get('train', 0) for m in metas.values()),
             'hashes': {folder: meta.get('sha256', {}) for folder, meta in metas.items()}}
-
-
-def run_prepare(prepare, *args):
-    """Prepare a data set for somebody who asked for it: what is wrong is said in one line."""
-    try:
-        prepare(*args)
-    except KeyError as error:
-        sys.exit(f'the source has no column {error}')
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
 
 
 def extra(name):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure
 from data.files import run_prepare, write, write_meta
 from data.tokenizer import Tokenizer
 
@@ -92,12 +91,10 @@ def shards_of(paths):
             yield f'{number:04d}_{first // GROUPS:04d}', path, groups[first:first + GROUPS]
 
 
-def prepare_web(folder, source, repository, within, held_out, max_shards, processes):
+def prepare_web(folder, repository, within, out_dir, source, held_out, max_shards, processes):
     """Tokenize the files matching source, or those within a repository of the hub, into folder."""
-    folder, source_file = Path(folder), Path(folder) / 'source.json'
-    origin = [source or f'{repository}/{within}', held_out]
-    if held_out < 1:
-        raise ValueError(f'--held_out={held_out}: must be at least 1')
+    folder = Path(out_dir or folder)
+    origin, source_file = [source or f'{repository}/{within}', held_out], folder / 'source.json'
     if source and not glob.glob(source):
         raise FileNotFoundError(f'--source={source}: no such file')
     if source_file.exists() and json.loads(source_file.read_text()) != origin:
@@ -106,7 +103,7 @@ def prepare_web(folder, source, repository, within, held_out, max_shards, proces
     folder.mkdir(parents=True, exist_ok=True)
     write(source_file, lambda file: file.write(json.dumps(origin).encode()))
     paths = sorted(glob.glob(source)) if source else hub_files(repository, within)
-    with multiprocessing.Pool(processes) as pool:
+    with multiprocessing.Pool(processes or None) as pool:
         for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
             if (folder / f'train_{name}.bin').exists():
                 continue
@@ -128,6 +125,6 @@ def prepare_web(folder, source, repository, within, held_out, max_shards, proces
 
 def main(folder, doc, repository, within):
     """The program of a data set's prepare.py: its settings are those of this file."""
-    values, _ = configure({**globals(), '__doc__': doc})
-    run_prepare(prepare_web, values['out_dir'] or folder, values['source'], repository, within,
-            values['held_out'], values['max_shards'], values['processes'] or None)
+    run_prepare({**globals(), '__doc__': doc},
+                lambda *values: prepare_web(folder, repository, within, *values),
+                'out_dir', 'source', 'held_out', 'max_shards', 'processes')

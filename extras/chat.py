@@ -9,9 +9,9 @@ answer, Ctrl-D ends the chat.
 """
 import contextlib
 import itertools
-import sys
 
 from configurator import configure
+from data.files import program
 from data.runs import is_taught
 from data.tasks import majority_vote
 from data.tokenizer import Detokenizer
@@ -93,16 +93,9 @@ def print_vote(requests, tokenizer):
 
 def main():
     config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8, top_k=200)])
-    try:
-        model, tokenizer, checkpoint = open_model(out_dir, device, dtype)
-        if quantize:
-            from extras.int8 import quantize_model
-            quantize_model(model, quantize)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    model, tokenizer, checkpoint = open_model(out_dir, device, dtype, quantize)
     chat(model, tokenizer, is_taught(checkpoint), Sampling.of(config))
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
-    main()
+    program(main)

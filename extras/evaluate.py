@@ -7,12 +7,11 @@ Prints a row for each run and, without --votes, draws stages.png in the last one
 rewards and these accuracies on one page.
 """
 import itertools
-import sys
 
 import numpy as np
 
 from configurator import configure
-from data.files import DATA, extra
+from data.files import DATA, extra, program
 from data.runs import folder_of, load_model
 from data.tasks import answer_questions, has_chat_tokens, majority_vote, task_of
 from sample import Sampling, open_model
@@ -51,36 +50,29 @@ def evaluate(model, tokenizer, questions, sampling):
 def main():
     config, origin = configure(globals(), others=lambda values: [Sampling(temperature=0.8)])
     sampling = Sampling(temperature=0.0) if votes == 1 else Sampling.of(config)
-    try:
-        if votes == 1 and {'temperature', 'top_k', 'top_p'} & origin.keys():
-            raise ValueError('one answer is greedy: temperature, top_k and top_p go with --votes=')
-        questions, table = task_of(DATA / task), {}
-        lineage = load_model(out_dir)[2].get('lineage', [])
-        runs = [entry.get('init_from', '') for entry in lineage]
-        runs = [run for run in runs if (folder_of(run) / 'log.jsonl').exists()] + [out_dir]
-        width = max(map(len, [*runs, f'{num_examples} questions']))
-        for folder in runs:
-            model, tokenizer, _ = open_model(folder, device, dtype)
-            if quantize:
-                from extras.int8 import quantize_model
-                quantize_model(model, quantize)
-            if folder != out_dir and not has_chat_tokens(model, tokenizer):
-                continue    # GPT-2's tokens, before a stage gave it those of a chat
-            table[folder] = evaluate(model, tokenizer, questions, sampling)
-            if len(table) == 1:
-                names = (name.rjust(6) for name in table[folder])
-                print(f'{num_examples} questions'.ljust(width), *names, sep='  ')
-            cells = (f'{value:.1%}'.rjust(max(6, len(name)))
-                     for name, value in table[folder].items())
-            print(folder.ljust(width), *cells, sep='  ', flush=True)
-        if tools and votes == 1 and (plot := extra('plot')):    # a picture of the runs as they are
-            target = folder_of(out_dir) / 'stages.png'
-            plot.draw([folder_of(run) for run in table], target, f'the stages on data/{task}',
-                      [row['all'] for row in table.values()])
-            print(f'drawn: {target}')
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    if votes == 1 and {'temperature', 'top_k', 'top_p'} & origin.keys():
+        raise ValueError('one answer is greedy: temperature, top_k and top_p go with --votes=')
+    questions, table = task_of(DATA / task), {}
+    lineage = load_model(out_dir)[2].get('lineage', [])
+    runs = [entry.get('init_from', '') for entry in lineage]
+    runs = [run for run in runs if (folder_of(run) / 'log.jsonl').exists()] + [out_dir]
+    width = max(map(len, [*runs, f'{num_examples} questions']))
+    for run in runs:
+        model, tokenizer, _ = open_model(run, device, dtype, quantize)
+        if run != out_dir and not has_chat_tokens(model, tokenizer):
+            continue    # GPT-2's tokens, before a stage gave it those of a chat
+        table[run] = evaluate(model, tokenizer, questions, sampling)
+        if len(table) == 1:
+            names = (name.rjust(6) for name in table[run])
+            print(f'{num_examples} questions'.ljust(width), *names, sep='  ')
+        cells = (f'{value:.1%}'.rjust(max(6, len(name))) for name, value in table[run].items())
+        print(run.ljust(width), *cells, sep='  ', flush=True)
+    if tools and votes == 1 and (plot := extra('plot')):    # a picture of the runs as they are
+        target = folder_of(out_dir) / 'stages.png'
+        plot.draw([folder_of(run) for run in table], target, f'the stages on data/{task}',
+                  [row['all'] for row in table.values()])
+        print(f'drawn: {target}')
 
 
 if __name__ == '__main__':
-    main()
+    program(main)

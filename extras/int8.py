@@ -1,8 +1,7 @@
 """
 Weights of a byte each, for decoding: reading weights is all the work of a product with few rows.
 
-    python -m extras.int8 --out_dir=out-gpt2 --start="Once"     # sample.py, with such weights
-    python -m extras.chat --out_dir=out-gpt2 --quantize=int8    # extras.serve and evaluate too
+    python sample.py --out_dir=out-gpt2 --quantize=int8     # extras chat, serve, evaluate too
 """
 import warnings
 
@@ -65,8 +64,3 @@ def quantize_model(model, kind='int8'):
             if isinstance(child, torch.nn.Linear):
                 setattr(module, name, Int8Linear(child))
     return model
-
-
-if __name__ == '__main__':
-    import sample
-    sample.main(quantize_model)

@@ -4,13 +4,11 @@ A chat page (chat.html) and an API like OpenAI's, for many clients at once.
     pip install starlette uvicorn
     python -m extras.serve --out_dir=out-arithmetic-rl
 
-Starlette and uvicorn speak HTTP; the clients' requests wait in one RequestQueue, which feeds the
-decoding loop in a thread of its own.
+Starlette and uvicorn speak HTTP. A Completion turns a client's call into requests, which wait in
+the RequestQueue for the one decoding loop, in a thread of its own, and makes the reply.
 """
 import asyncio
-import collections
 import contextlib
-import functools
 import itertools
 import json
 import socket
@@ -18,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +33,7 @@ except ImportError as error:
     raise SystemExit(f'{error}: pip install starlette uvicorn') from None
 
 from configurator import configure, range_of, read_settings
+from data.files import program
 from data.runs import is_taught
 from data.tokenizer import Detokenizer
 from data.tools import calculator, calls_in
@@ -54,19 +53,18 @@ PAGE = Path(__file__).with_name('chat.html')
 MOST_BYTES = 2 ** 20        # of a request's body
 MOST_SECONDS = 30           # for a client to send a request
 MOST_CLIENTS = 256          # connected at a time
-
-# What each field must be; None is always allowed and means the default.
+MOST_TOKENS = 100_000       # in an answer
+# What each field must be, its default (null means it too) and, if it is a number, its range.
 FIELDS = {
-    'model': (str, None), 'prompt': ((str, list), '\n'), 'messages': (list, None),
-    'max_tokens': (int, None), 'max_completion_tokens': (int, None), 'n': (int, 1),
-    'seed': (int, None), 'stop': ((str, list), None), 'stream': (bool, False),
-    'stream_options': (dict, None), 'echo': (bool, False), 'logprobs': ((int, bool), None),
-    'top_logprobs': (int, None),
-    **{f.name: (f.type, f.default) for f in fields(Sampling)}}
-LIMITS = {'max_tokens': (0, 100_000), 'max_completion_tokens': (1, 100_000), 'n': (1, 16),
-          'seed': (0, 2 ** 63 - 1), 'logprobs': (0, 20), 'top_logprobs': (0, 20)}
-LIMITS |= {name: range_of(text) for name, (_, text) in read_settings(Sampling).items()}
-LIMITS['temperature'] = 0, 2    # OpenAI's
+    'prompt': ((str, list), '\n'), 'messages': ((list,), ()), 'stop': ((str, list), ()),
+    'stream': ((bool,), False), 'stream_options': ((dict,), {}), 'echo': ((bool,), False),
+    'max_tokens': ((int,), None, 0, MOST_TOKENS), 'n': ((int,), 1, 1, 16),
+    'max_completion_tokens': ((int,), None, 1, MOST_TOKENS),
+    'seed': ((int,), None, 0, 2 ** 63 - 1), 'logprobs': ((int, bool), None, 0, 20),
+    'top_logprobs': ((int,), 0, 0, 20),
+    **{name: ((int, kind), getattr(Sampling, name), *range_of(comment))
+       for name, (kind, comment) in read_settings(Sampling).items()},
+    'temperature': ((int, float), 1.0, 0, 2)}   # as OpenAI's
 
 
 class Refusal(Exception):
@@ -83,40 +81,36 @@ class Refusal(Exception):
 def read(body, chat):
     """The bytes of a request -> all fields, each of its type. Raises Refusal."""
     try:
-        asked = json.loads(body)
+        given = json.loads(body)
     except (ValueError, RecursionError):
-        raise Refusal('the body is not JSON') from None
-    if not isinstance(asked, dict):
+        given = None
+    if not isinstance(given, dict):
         raise Refusal('the body is not a JSON object')
-    fields = {name: default for name, (_, default) in FIELDS.items()}
-    for name, value in asked.items():
-        if value is None or name not in FIELDS:     # clients send more than a small server knows
-            continue
-        kinds = FIELDS[name][0] if isinstance(FIELDS[name][0], tuple) else (FIELDS[name][0],)
-        number = isinstance(value, int) and not isinstance(value, bool)
-        if type(value) not in kinds and not (number and float in kinds):
+    fields = {name: default for name, (_, default, *_) in FIELDS.items()}
+    # Clients send more fields than a small server knows; these are ignored.
+    given = {name: given[name] for name in FIELDS if given.get(name) is not None}
+    for name, value in given.items():
+        kinds, _, *limits = FIELDS[name]
+        if type(value) not in kinds:
             names = ' or '.join(kind.__name__ for kind in kinds)
             raise Refusal(f'{name} must be of type {names}', param=name)
-        low, high = LIMITS.get(name, (None, None))
-        if low is not None and not isinstance(value, bool) and not low <= value <= high:
-            raise Refusal(f'{name} must be from {low} to {high}', param=name)
-        fields[name] = value
+        if type(value) in (int, float) and not limits[0] <= value <= limits[1]:
+            raise Refusal(f'{name} must be from {limits[0]} to {limits[1]}', param=name)
+    fields |= given
     if isinstance(fields['logprobs'], bool):    # as in a chat; completions say how many others
-        fields['logprobs'] = (fields['top_logprobs'] or 0) if fields['logprobs'] else None
-    fields['stop'] = strings(fields['stop'], 'stop')
+        fields['logprobs'] = fields['top_logprobs'] if fields['logprobs'] else None
+    if fields['stream'] and (fields['echo'] or fields['logprobs'] is not None):
+        raise Refusal('echo and logprobs are not given in a stream')
+    stop = fields['stop'] = [fields['stop']] if isinstance(fields['stop'], str) else fields['stop']
+    if len(stop) > 4 or not all(isinstance(text, str) and text for text in stop):
+        raise Refusal('stop must be a text or a list of at most 4 texts', param='stop')
     if chat:
-        fields['messages'] = read_messages(fields['messages'])
+        fields['messages'] = list(map(read_message, fields['messages']))
+        if not fields['messages']:
+            raise Refusal('messages must hold at least one message', param='messages')
     else:
         fields['prompt'] = read_prompts(fields['prompt'])
     return fields
-
-
-def strings(value, name, most=4):
-    """A text, a list of texts or None -> list of texts"""
-    value = [] if value is None else [value] if isinstance(value, str) else value
-    if len(value) > most or not all(isinstance(text, str) and text for text in value):
-        raise Refusal(f'{name} must be a text or a list of at most {most} texts', param=name)
-    return value
 
 
 def read_prompts(prompt):
@@ -132,57 +126,18 @@ def read_prompts(prompt):
     return prompt
 
 
-def read_messages(messages):
-    """-> [{'role', 'content': text}], OpenAI's lists of text parts joined"""
-    plain = []
-    for message in messages or []:
-        if not isinstance(message, dict):
-            raise Refusal('messages must hold objects', param='messages')
-        role, content = message.get('role'), message.get('content')
-        if isinstance(content, list):
-            texts = [part.get('text') for part in content if isinstance(part, dict)]
-            if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-                raise Refusal('only parts of text are understood', param='messages')
-            content = ''.join(texts)
-        role = 'system' if role == 'developer' else role
-        if role not in ('system', 'user', 'assistant') or not isinstance(content, str):
-            raise Refusal('a message is {"role": system, user or assistant, "content": text}',
-                          param='messages')
-        plain.append({'role': role, 'content': content})
-    if not plain:
-        raise Refusal('messages must hold at least one message', param='messages')
-    return plain
-
-
-class Reply:
-    """What goes back for one request: whole, or chunk by chunk."""
-
-    def __init__(self, model, chat, stream):
-        self.chat, self.stream = chat, stream
-        kind = 'chat.completion' if chat else 'text_completion'
-        self.head = {'id': ('chatcmpl-' if chat else 'cmpl-') + uuid.uuid4().hex,
-                     'object': kind + '.chunk' if chat and stream else kind,
-                     'created': int(time.time()), 'model': model}
-
-    def choice(self, index, text, reason=None, logprobs=None):
-        """text: all of it, or for a stream what is new; reason: stop, length or None (goes on)"""
-        choice = {'index': index, 'finish_reason': reason, 'logprobs': logprobs}
-        if not self.chat:
-            return {**choice, 'text': text}
-        if not self.stream:
-            return {**choice, 'message': {'role': 'assistant', 'content': text}}
-        return {**choice, 'delta': {'content': text} if text else {}}
-
-    def body(self, choices, read=None, written=0):
-        """read, written: numbers of tokens, given once, at the end"""
-        usage = {} if read is None else {'usage': {
-            'prompt_tokens': read, 'completion_tokens': written, 'total_tokens': read + written}}
-        return {**self.head, 'choices': choices, **usage}
-
-
-def event(body):
-    """-> the bytes of a server-sent event"""
-    return b'data: ' + json.dumps(body).encode() + b'\n\n'
+def read_message(message):
+    """-> {'role', 'content': text}, OpenAI's lists of text parts joined"""
+    role, content = (message.get(name) if isinstance(message, dict) else None
+                     for name in ('role', 'content'))
+    if isinstance(content, list):
+        texts = [part.get('text') if isinstance(part, dict) else None for part in content]
+        content = ''.join(texts) if all(isinstance(text, str) for text in texts) else None
+    role = 'system' if role == 'developer' else role
+    if role not in ('system', 'user', 'assistant') or not isinstance(content, str):
+        raise Refusal('a message is {"role": system, user or assistant, "content": text or a list '
+                      'of text parts}', param='messages')
+    return {'role': role, 'content': content}
 
 
 class Endpoint:
@@ -192,14 +147,16 @@ class Endpoint:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.taught, self.window = is_taught(checkpoint), model.config.block_size
         self.tool = calculator(tokenizer) if tools and self.taught else None
-        self.ends = tuple(i for i in (tokenizer.end, tokenizer.special.get('<|end|>'))
-                          if i is not None)
+        self.ends = (*tokenizer.ends, *[i for name, i in tokenizer.special.items()
+                                        if name == '<|end|>'])
 
     def encode(self, prompt):
         """A text or a list of ids -> ids, at least one. ValueError for what it never saw."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if ids and max(ids) >= self.model.config.vocab_size:
             raise ValueError(f'this model has no token {max(ids)}')
+        if len(ids) > self.window:
+            raise ValueError(f'the prompt has {len(ids)} tokens; this model sees {self.window}')
         return ids or self.tokenizer.begin
 
     def conversation(self, messages):
@@ -209,7 +166,7 @@ class Endpoint:
                 message['content'] = self.tokenizer.known(message['content'])
         if not self.taught:
             text = '\n'.join(message['content'] for message in messages)
-            return self.encode(text)[-self.window // 2:]
+            return self.tokenizer.encode(text)[-self.window // 2:] or self.tokenizer.begin
         system = messages[0]['role'] == 'system'
         turns = [self.tokenizer.render([{**message, 'content': calls_in(message['content'])}
                                         if message['role'] == 'assistant' else message])[0][1:]
@@ -218,8 +175,8 @@ class Endpoint:
         return self.tokenizer.fit(turns if system else [[], *turns], room)[0]
 
     def request(self, prompt, most, fields, seed, chat):
-        return Request(prompt, most, Sampling.of(fields), seed, self.ends,
-                       self.tool if chat else None)
+        return ClientRequest(prompt, most, Sampling.of(fields), seed, self.ends,
+                             self.tool if chat else None)
 
     @torch.inference_mode()
     def scores(self, ids):
@@ -253,43 +210,54 @@ class Endpoint:
             for token, value, others in zip(tokens, values, best, strict=True)]}
 
 
+@dataclass(eq=False)
+class ClientRequest(Request):
+    """A Request whose client waits, in another thread than the decoding loop's."""
+    wake: object = None         # call it when there is news
+    detokenizer: object = None
+    final: tuple = ()           # the ids that the client gets: ids may go on behind a stop text
+
+    def finish_reason(self):
+        if self.detokenizer.stopped or self.reason == 'end':
+            return 'stop'
+        return 'length' if self.reason == 'length' else None
+
+
 class RequestQueue:
     """Where clients leave their requests for the one decoding loop, which runs in a thread."""
 
     def __init__(self, decode, limit):
-        self.decode, self.limit = decode, limit     # an iterator of Requests -> those at work
-        self.waiting, self.live, self.changed = collections.deque(), [], threading.Condition()
+        self.decode, self.limit = decode, limit     # an iterator of requests -> those at work
+        self.waiting, self.live, self.changed = [], [], threading.Condition()
         self.open = True
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
     def put(self, requests):
+        if len(requests) > self.limit:
+            raise Refusal(f'more than {self.limit} answers at once')
         with self.changed:
-            for request in [request for request in self.waiting if request.cancelled]:
-                self.waiting.remove(request)
+            self.waiting = [request for request in self.waiting if not request.cancelled]
             if len(self.waiting) + len(requests) > self.limit:
                 raise Refusal('too many requests are waiting; try again soon', 429)
-            self.waiting.extend(requests)
+            self.waiting += requests
             self.changed.notify()
 
     def close(self):
         with self.changed:
             self.open = False
-            for request in [*self.live, *self.waiting]:
-                request.cancelled, request.reason = True, request.reason or 'error'
-                request.wake()
             self.changed.notify()
         self.thread.join()
+        self.fail_all()
 
     def source(self):
         """The decoding loop's iterator of requests; it gives None when there are none."""
         while self.open:
             with self.changed:
-                request = self.waiting.popleft() if self.waiting else None
-                if request and not request.cancelled:
+                request = self.waiting.pop(0) if self.waiting else None
+                if request:
                     self.live.append(request)
-            if request is None or not request.cancelled:
-                yield request
+            yield request
 
     def run(self):
         """The thread's life. An error while decoding ends the requests it had, not the server."""
@@ -300,97 +268,128 @@ class RequestQueue:
                         break
                     if request is None:
                         with self.changed:
-                            self.changed.wait_for(lambda: self.waiting or not self.open, 1)
+                            self.changed.wait_for(lambda: self.waiting or not self.open)
                         continue
                     if request.reason:
                         self.live.remove(request)
                     request.wake()
             except Exception as error:
                 print(f'decoding failed: {type(error).__name__}: {error}', file=sys.stderr)
-                with self.changed:
-                    lost, self.live = [*self.live, *self.waiting], []
-                    self.waiting.clear()
-                for request in lost:
-                    request.reason = 'error'
-                    request.wake()
+                self.fail_all()
                 time.sleep(0.1)     # if it fails at once and always, let it not spin
 
-
-def requests_of(endpoint, values, chat, limit):
-    """The fields of a body -> Requests. Refusal for what cannot be answered."""
-    try:
-        prompts = ([endpoint.conversation(values['messages'])] if chat
-                   else [endpoint.encode(prompt) for prompt in values['prompt']])
-    except ValueError as error:     # a character or an id that the model never saw
-        raise Refusal(str(error)) from None
-    for ids in prompts:
-        if len(ids) > endpoint.window:
-            raise Refusal(f'the prompt has {len(ids)} tokens; this model sees {endpoint.window}',
-                          param='messages' if chat else 'prompt')
-    if values['stream'] and (values['echo'] or values['logprobs'] is not None):
-        raise Refusal('echo and logprobs are not given in a stream')
-    most = values['max_completion_tokens'] or values['max_tokens']
-    if most is None:
-        most = max(1, endpoint.window - len(prompts[0])) if chat and endpoint.taught else (
-            endpoint.window // 2 if chat else 16)
-    if len(prompts) * values['n'] > limit:
-        raise Refusal(f'more than {limit} answers at once')
-    first = values['seed'] if values['seed'] is not None else time.time_ns() % 2 ** 32
-    requests = [endpoint.request(prompt, most, values, first + i, chat)
-                for prompt in prompts for i in range(values['n'])]
-    for request in requests:
-        request.detokenizer = Detokenizer(endpoint.tokenizer, values['stop'])
-        request.final = []
-        request.reason = '' if most else 'length'   # to score a prompt
-    return requests
+    def fail_all(self):
+        with self.changed:
+            lost, self.live, self.waiting = self.live + self.waiting, [], []
+        for request in lost:
+            request.reason = 'error'
+            request.wake()
 
 
-async def pieces(requests, changed, http=None):
-    """Yields (request, new text) until all have ended, or the client of http (a stream's client is
-    watched by Starlette) has left. changed: an Event set when they have more"""
-    left = [request for request in requests if not request.reason]
-    while left:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(changed.wait(), 0.5)
-        changed.clear()
-        if http and await http.is_disconnected():
-            return
-        for request in list(left):
-            reason, ids = request.reason, list(request.ids)     # in this order: the loop is ahead
-            if reason == 'error':
-                raise Refusal('decoding failed', 500)
-            piece = request.detokenizer.push(ids, last=bool(reason))
-            if reason or request.detokenizer.stopped:
-                request.cancelled = True
-                request.final = ids
-                left.remove(request)
-            yield request, piece
+class Completion:
+    """A client's call of the API: its requests, and what goes back, whole or chunk by chunk."""
 
+    def __init__(self, endpoint, fields, chat):
+        self.endpoint, self.fields, self.chat = endpoint, fields, chat
+        self.changed, self.loop = asyncio.Event(), asyncio.get_running_loop()
+        kind = 'chat.completion' if chat else 'text_completion'
+        self.head = {'id': ('chatcmpl-' if chat else 'cmpl-') + uuid.uuid4().hex,
+                     'object': kind + '.chunk' if chat and fields['stream'] else kind,
+                     'created': int(time.time()), 'model': endpoint.name}
+        try:
+            prompts = ([endpoint.conversation(fields['messages'])] if chat
+                       else list(map(endpoint.encode, fields['prompt'])))
+        except ValueError as error:     # a character or an id that the model never saw
+            raise Refusal(str(error), param='messages' if chat else 'prompt') from None
+        most = fields['max_completion_tokens'] or fields['max_tokens']
+        if most is None:
+            most = max(1, endpoint.window - len(prompts[0])) if chat else 16
+        seed = time.time_ns() % 2 ** 32 if fields['seed'] is None else fields['seed']
+        self.requests = [endpoint.request(prompt, most, fields, seed + i, chat)
+                         for prompt in prompts for i in range(fields['n'])]
+        for request in self.requests:
+            request.wake = self.wake
+            request.detokenizer = Detokenizer(endpoint.tokenizer, fields['stop'])
+            request.reason = '' if most else 'length'       # 0: to score a prompt
 
-def wake(loop, changed):
-    """Set a client's Event from the decoding thread."""
-    with contextlib.suppress(RuntimeError):     # the loop has been closed: the server stops
-        loop.call_soon_threadsafe(changed.set)
+    def wake(self):
+        """Called from the decoding thread."""
+        with contextlib.suppress(RuntimeError):     # the loop has been closed: the server stops
+            self.loop.call_soon_threadsafe(self.changed.set)
 
+    def cancel(self):
+        for request in self.requests:
+            request.cancelled = True
 
-def cancel(requests):
-    for request in requests:
-        request.cancelled = True
+    async def pieces(self, http=None):
+        """Yields (request, new text) until all have ended, or the client of http (a stream's is
+        watched by Starlette) has left."""
+        left = [request for request in self.requests if not request.reason]
+        while left:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), 0.5)
+            self.changed.clear()
+            if http and await http.is_disconnected():
+                return
+            for request in list(left):
+                reason, ids = request.reason, list(request.ids)     # so: the loop is ahead
+                if reason == 'error':
+                    raise Refusal('decoding failed', 500)
+                piece = request.detokenizer.push(ids, last=bool(reason))
+                if reason or request.detokenizer.stopped:
+                    request.cancelled, request.final = True, ids
+                    left.remove(request)
+                yield request, piece
 
+    def body(self, choices, usage=False):
+        """-> a reply with these choices"""
+        read = sum(len(request.prompt) for request in self.requests[::self.fields['n']])
+        written = sum(len(request.final) for request in self.requests)
+        usage = {'usage': {'prompt_tokens': read, 'completion_tokens': written,
+                           'total_tokens': read + written}} if usage else {}
+        return {**self.head, 'choices': choices, **usage}
 
-def finish_reason(request):
-    if request.detokenizer.stopped or request.reason == 'end':
-        return 'stop'
-    return 'length' if request.reason == 'length' else None
+    async def whole(self, score):
+        """-> the reply that is no stream. score: async, Endpoint.logprobs"""
+        choices = []
+        for i, request in enumerate(self.requests):
+            text, logprobs = request.detokenizer.text, None
+            if self.fields['echo']:
+                text = self.endpoint.tokenizer.decode(request.prompt) + text
+            if self.fields['logprobs'] is not None:
+                logprobs = await score(request.prompt, list(request.final), self.fields['echo'],
+                                       self.fields['logprobs'], self.chat)
+            said = {'message': {'role': 'assistant', 'content': text}} if self.chat else {
+                'text': text}
+            choices.append({'index': i, 'finish_reason': request.finish_reason(),
+                            'logprobs': logprobs, **said})
+        return self.body(choices, usage=True)
 
+    async def stream(self):
+        """Yields server-sent events. Starlette closes this generator when the client leaves."""
+        def event(request=None, text='', **delta):
+            said = {'delta': {**delta, 'content': text}} if self.chat else {'text': text}
+            choices = [{'index': self.requests.index(request), 'logprobs': None,
+                        'finish_reason': request.finish_reason(), **said}] if request else []
+            return b'data: ' + json.dumps(self.body(choices, not request)).encode() + b'\n\n'
 
-def token_counts(requests, values):
-    return (sum(len(request.prompt) for request in requests[::values['n']]),
-            sum(len(request.final) for request in requests))
+        try:
+            for request in self.requests if self.chat else ():
+                yield event(request, role='assistant')
+            async for request, piece in self.pieces():
+                if piece or request.finish_reason():
+                    yield event(request, piece)
+            if self.fields['stream_options'].get('include_usage'):
+                yield event()
+            yield b'data: [DONE]\n\n'
+        except Refusal as refusal:      # it is too late for a status
+            yield b'data: ' + json.dumps(refusal.body).encode() + b'\n\n'
+        finally:
+            self.cancel()
 
 
 class Api:
-    """The HTTP side: routes, and what a client sends and gets."""
+    """The HTTP side: routes, and what may come in."""
 
     def __init__(self, endpoint, queue, local):
         self.endpoint, self.queue, self.local = endpoint, queue, local
@@ -399,8 +398,7 @@ class Api:
             routes=[Route('/', self.page), Route('/v1/models', self.models),
                     Route('/v1/completions', self.complete, methods=['POST']),
                     Route('/v1/chat/completions', self.complete, methods=['POST'])],
-            exception_handlers={Exception: self.refuse, Refusal: self.refuse,
-                                HTTPException: self.refuse})
+            exception_handlers=dict.fromkeys((Exception, Refusal, HTTPException), self.refuse))
 
     async def refuse(self, http, error):
         if isinstance(error, HTTPException):
@@ -411,11 +409,10 @@ class Api:
 
     def check_origin(self, http):
         """Another host's page must not drive a model here (nor rebind its name to this machine)."""
-        host = http.headers.get('host', '')
+        host, origin = http.headers.get('host', ''), http.headers.get('origin')
         name = host.rsplit(':', 1)[0] if not host.endswith(']') else host
         if self.local and name not in ('127.0.0.1', 'localhost', '[::1]'):
             raise Refusal(f'this server answers to localhost, not to {host!r}', 403)
-        origin = http.headers.get('origin')
         if origin is not None and origin.split('://')[-1] != host:
             raise Refusal(f'a page from {origin!r} may not use this server', 403)
 
@@ -431,7 +428,6 @@ class Api:
 
     async def complete(self, http):
         self.check_origin(http)
-        chat = 'chat' in http.url.path
         kind = http.headers.get('content-type', '').split(';')[0].strip()
         if kind != 'application/json':      # a form of another page could send anything else
             raise Refusal('the Content-Type must be application/json', 415)
@@ -439,67 +435,36 @@ class Api:
             body = await asyncio.wait_for(read_body(http), MOST_SECONDS)
         except asyncio.TimeoutError:
             raise Refusal('the body did not come in time', 408) from None
-        values, loop, changed = read(body, chat), asyncio.get_running_loop(), asyncio.Event()
-        requests = requests_of(self.endpoint, values, chat, self.queue.limit)
-        for request in requests:
-            request.wake = functools.partial(wake, loop, changed)
-        self.queue.put([request for request in requests if not request.reason])
-        if values['stream']:
-            return StreamingResponse(self.stream(requests, changed, values, chat),
-                                     media_type='text/event-stream',
+        chat = 'chat' in http.url.path
+        completion = Completion(self.endpoint, read(body, chat), chat)
+        self.queue.put([request for request in completion.requests if not request.reason])
+        if completion.fields['stream']:
+            return StreamingResponse(completion.stream(), media_type='text/event-stream',
                                      headers={'Cache-Control': 'no-store', 'Connection': 'close'})
         try:
-            async for _ in pieces(requests, changed, http):
+            async for _ in completion.pieces(http):
                 pass
-            return JSONResponse(await self.whole(requests, values, chat))
+            return JSONResponse(await completion.whole(self.score))
         finally:
-            cancel(requests)
+            completion.cancel()
 
-    async def whole(self, requests, values, chat):
-        """-> the body of a reply that is no stream"""
-        reply, choices = Reply(self.endpoint.name, chat, stream=False), []
-        for i, request in enumerate(requests):
-            text, logprobs = request.detokenizer.text, None
-            if values['echo']:
-                text = self.endpoint.tokenizer.decode(request.prompt) + text
-            if values['logprobs'] is not None:
-                async with self.scoring:
-                    logprobs = await run_in_threadpool(
-                        self.endpoint.logprobs, request.prompt, request.final, values['echo'],
-                        values['logprobs'], chat)
-            choices.append(reply.choice(i, text, finish_reason(request), logprobs))
-        return reply.body(choices, *token_counts(requests, values))
-
-    async def stream(self, requests, changed, values, chat):
-        """Yields server-sent events. Starlette closes this generator when the client leaves."""
-        reply = Reply(self.endpoint.name, chat, stream=True)
-        try:
-            async for request, piece in pieces(requests, changed):
-                reason = finish_reason(request)
-                if piece or reason:
-                    choice = reply.choice(requests.index(request), piece, reason)
-                    yield event(reply.body([choice]))
-            if (values['stream_options'] or {}).get('include_usage'):
-                yield event(reply.body([], *token_counts(requests, values)))
-            yield b'data: [DONE]\n\n'
-        except Refusal as refusal:      # it is too late for a status
-            yield event(refusal.body)
-        finally:
-            cancel(requests)
+    async def score(self, *what):
+        async with self.scoring:
+            return await run_in_threadpool(self.endpoint.logprobs, *what)
 
 
 async def read_body(http):
     """-> the bytes of a body; one that is too large is read on for a while, so that its client
     sees the answer"""
-    body, size = [], 0
+    body, size = bytearray(), 0
     async for chunk in http.stream():
         size += len(chunk)
-        body += [chunk] if size <= MOST_BYTES else []
+        body += chunk if size <= MOST_BYTES else b''
         if size > 4 * MOST_BYTES:
             break
     if size > MOST_BYTES:
         raise Refusal(f'the body is larger than {MOST_BYTES} bytes', 413)
-    return b''.join(body)
+    return body
 
 
 class Protocol(H11Protocol):
@@ -519,7 +484,7 @@ class Protocol(H11Protocol):
 class Server:
     """
     An Endpoint at http://host:port, until run() ends by Ctrl-C or, if it was made as a context and
-    runs in a thread, the context ends. decode: an iterator of Requests -> those at work.
+    runs in a thread, the context ends. decode: an iterator of requests -> those at work.
     """
 
     def __init__(self, endpoint, decode, host, port, limit):
@@ -552,23 +517,18 @@ class Server:
 
 def main():
     configure(globals())
-    try:
-        model, tokenizer, checkpoint = open_model(out_dir, device, dtype)
-        if quantize:
-            from extras.int8 import quantize_model
-            quantize_model(model, quantize)
-        endpoint = Endpoint(model, tokenizer, checkpoint, Path(out_dir).name, tools)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    model, tokenizer, checkpoint = open_model(out_dir, device, dtype, quantize)
+    endpoint = Endpoint(model, tokenizer, checkpoint, Path(out_dir).name, tools)
     try:
         server = Server(endpoint, lambda source: decode(model, source, rows), host, port,
                         queue_limit)
     except OSError as error:
-        sys.exit(f'--host={host} --port={port}: {error.strerror or error}; try --port=0')
+        raise OSError(f'--host={host} --port={port}: {error.strerror or error}; try --port=0'
+                      ) from None
     print(f'http://{host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
 
 
 if __name__ == '__main__':
-    main()
+    program(main)

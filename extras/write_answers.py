@@ -8,13 +8,12 @@ Writes its correct answers (rejection sampling, for stage sft or distill) or, wi
 correct and a wrong answer to each question (for stage dpo).
 """
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
-from data.files import DATA, load_script, write_texts
+from data.files import DATA, load_script, program, write_texts
 from data.tasks import answer_questions, in_play, task_of
 from sample import Sampling, open_model
 
@@ -62,18 +61,15 @@ def write_answers(model, tokenizer, questions, sampling):
 
 def main():
     config, _ = configure(globals(), others=lambda values: [Sampling()])
-    try:
-        if not folder:
-            raise ValueError('--folder= says where the data set goes, such as data/my_answers')
-        script = Path(folder, 'prepare.py')
-        if script.exists() and not hasattr(load_script(script.parent), 'COMMAND'):
-            raise ValueError(f'--folder={folder} holds another data set: choose a new folder')
-        questions = task_of(DATA / task)
-        model, tokenizer, _ = open_model(out_dir, device, dtype)
-        write_answers(model, tokenizer, questions, Sampling.of(config))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    if not folder:
+        raise ValueError('--folder= says where the data set goes, such as data/my_answers')
+    script = Path(folder, 'prepare.py')
+    if script.exists() and not hasattr(load_script(script.parent), 'COMMAND'):
+        raise ValueError(f'--folder={folder} holds another data set: choose a new folder')
+    questions = task_of(DATA / task)
+    model, tokenizer, _ = open_model(out_dir, device, dtype)
+    write_answers(model, tokenizer, questions, Sampling.of(config))
 
 
 if __name__ == '__main__':
-    main()
+    program(main)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 import data.tokenizer  # noqa: E402
-from data.files import write_tokens  # noqa: E402
+from data.files import program, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 
@@ -110,7 +110,8 @@ def run(script, *arguments, launcher=(), cwd=None, ok=True, env=None, timeout=24
 
 def inside(script, *arguments, cwd=None, ok=True):
     """The same in this process, which is quicker. -> what it printed, then the refusal."""
-    name, printed = script.removesuffix('.py').replace('/', '.'), io.StringIO()
+    name = script.removesuffix('.py').replace('/', '.')
+    printed = io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True)
     module, refusal = importlib.import_module(name), None
     rooms = [importlib.import_module(f'stages.{room}') for room in ('rl', 'dpo', 'distill')]
     before = [(each, dict(vars(each))) for each in (module, *rooms)]
@@ -123,7 +124,7 @@ def inside(script, *arguments, cwd=None, ok=True):
         if cwd:
             patch.chdir(cwd)
         try:
-            module.main()
+            program(module.main)
         except SystemExit as stop:
             refusal = stop.code
         finally:
@@ -131,9 +132,10 @@ def inside(script, *arguments, cwd=None, ok=True):
                 vars(each).update(values)
             for number in signal.SIGINT, signal.SIGTERM:
                 signal.signal(number, signal.default_int_handler)
-    assert (refusal is None) == ok, (refusal, printed.getvalue())
+    text = printed.buffer.getvalue().decode()
+    assert (refusal is None) == ok, (refusal, text)
     assert ok or (isinstance(refusal, str) and '\n' not in refusal), refusal
-    return printed.getvalue() + (refusal or '')
+    return text + (refusal or '')
 
 
 @pytest.fixture(scope='session')

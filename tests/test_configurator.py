@@ -100,7 +100,7 @@ def test_a_value_of_another_type_is_refused(text, kind):
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line(script, arguments, words):
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(ValueError) as refusal:
         configure(script, arguments)
     assert words in str(refusal.value) and '\n' not in str(refusal.value)
 
@@ -117,7 +117,7 @@ def test_a_wrong_setting_is_refused_in_one_line(script, arguments, words):
 )
 def test_a_config_file_that_fails_is_named(script, tmp_path, source, words):
     (tmp_path / 'bad.py').write_text(source)
-    with pytest.raises(SystemExit, match='bad.py') as refusal:
+    with pytest.raises(ValueError, match='bad.py') as refusal:
         configure(script, [str(tmp_path / 'bad.py')])
     assert words in str(refusal.value)
 

@@ -237,12 +237,12 @@ def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, m
     )  # a child would not know the tiny vocabulary
     out, source = tmp_path / 'out', f'{tmp_path}/pages.{form}'
     out.mkdir()
-    web.prepare_web(out, source, '', '', 50, 1, 1)
+    web.prepare_web(out, '', '', '', source, 50, 1, 1)
     first = out / 'train_0000_0000.bin'
     assert [p.name for p in sorted(out.glob('train*'))] == [first.name]
     stamp = first.stat().st_mtime_ns
     (out / 'train_0000_0001.tmp').write_bytes(b'half')  # what a kill may leave
-    web.prepare_web(out, source, '', '', 50, 0, 1)
+    web.prepare_web(out, '', '', '', source, 50, 0, 1)
     assert first.stat().st_mtime_ns == stamp
     written = [
         bpe.decode([i for i in np.fromfile(path, np.uint16).tolist()])
@@ -255,7 +255,7 @@ def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, m
     )
     assert 0.01 < held_out < 0.04 and is_sha(read_meta(out)['sha256'])
     with pytest.raises(ValueError, match='begun from'):
-        web.prepare_web(out, f'{tmp_path}/*', '', '', 50, 0, 1)
+        web.prepare_web(out, '', '', '', f'{tmp_path}/*', 50, 0, 1)
 
 
 def test_every_line_of_a_jsonl_file_is_in_one_group(tmp_path, monkeypatch):

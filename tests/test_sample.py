@@ -293,8 +293,9 @@ def test_the_end_token_in_a_prompt_is_the_token(trained):
         (['--top_p=0'], 'top_p=0: must be from 1e-6 to 1'),
         (['--start=FILE:/nowhere'], 'No such file'),
         (['--device=tpu'], 'choose cuda'),
-        (['--dtype=float16', '--device=cpu'], 'only on CUDA'),
+        (['--dtype=float16', '--device=cpu'], 'float16 (only on CUDA)'),
         (['--num_samples=0'], 'num_samples=0: must be at least 1'),
+        (['--quantize=int4'], '--quantize=int4: choose int8'),
     ],
 )
 def test_bad_input_to_sampling_is_one_clear_line(trained, arguments, words):

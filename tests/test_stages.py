@@ -732,7 +732,6 @@ def test_answers_need_a_folder_to_be_written_to(taught, tmp_path):
         ('--serve=True', 'extras.serve'),
         ('--task=arithmetic', 'extras.evaluate'),
         ('--write=there', 'extras.write_answers'),
-        ('--quantize=int8', 'extras.int8'),
     ],
 )
 def test_who_types_an_old_setting_is_told_the_new_command(old, new):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure  # noqa: E402
 from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
@@ -48,5 +47,4 @@ def prepare(source='', folder=HERE):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_prepare(prepare, source)
+    run_prepare(globals(), prepare, 'source')

@@ -18,7 +18,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure  # noqa: E402
 from data.files import run_prepare, write, write_conversations  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
@@ -29,50 +28,16 @@ difficulty = 2          # digits of the numbers, at most
 in_head = 0.5           # of the easy steps are done without the calculator, as people do
 out_dir = ''            # where the token files go; '' is beside this file
 
-NAMES = 'Anna Ben Clara David Emma Felix Grace Henry Iris Jack Lena Max Nora Omar Rosa Sam'.split()
-ITEMS = 'apples books coins cards eggs flowers marbles pens shells stamps stones toys'.split()
-WORDS = ('apple banana berry cherry garden letter little mirror orange pepper puzzle rabbit river '
-         'silver spring street summer tomorrow valley village window winter yellow coffee butter '
-         'kitten pillow balloon bottle ribbon carrot hammer ladder mammal narrow parrot').split()
-ONSETS = ('b c d f g h j k l m n p r s t v w y z bb ll mm nn pp rr ss tt '
-          'br ch dr fl gr pl qu sh sp st str th tr').split()
-VOWELS = 'a e i o u aw ea ee oo ou'.split()
-CODAS = ['', '', *'n r s t rry ss ck nd'.split()]
-# What a wording does to the number so far: + x, - x, * x, or nothing.
-OPENINGS = {
-    '': ['{n} has {x} {i}.', 'At first {n} has {x} {i}.', 'There are {x} {i} in the box of {n}.'],
-    '*': ['{n} has {y} boxes with {x} {i} in each.', '{n} buys {y} bags of {x} {i}.',
-          'For {y} days {n} collects {x} {i} a day.'],
-    '+': ['{n} has {x} {i} in one bag and {y} in another.', '{n} finds {x} {i} here and {y} there.',
-          'On Monday {n} makes {x} {i}, on Tuesday {y}.']}
-EVENTS = {
-    '+': ['{n} {gain} {x} {i}{w}.', 'Then {n} {gain} {x} {i}.', 'Soon {n} {gain} {x} {i}{w}.',
-          '{n} gets {x} {i} from {m}{w}.'],
-    '-': ['{n} {loss} {x} {i}{w}.', 'Then {n} {loss} {x} {i}.', 'Soon {n} {loss} {x} {i}{w}.',
-          '{n} gives {x} {i} to {m}{w}.'],
-    '*': ['Soon there are {x} times as many.', '{n} soon has {x} times as many{w}.'],
-    '': ['{n} {keep} {x} {i}{w}.', 'Then {n} {keep} {x} {i}.', 'Soon {n} {keep} {x} {i}{w}.',
-         '{m} is {x} years old.', 'It is day {x} of the year.', 'In the street are {x} people{w}.']}
+WORDINGS = json.loads((HERE / 'wordings.json').read_text(encoding='utf-8'))
+NAMES, ITEMS, WORDS, ONSETS, VOWELS, CODAS, WHEN = (WORDINGS[kind] for kind in (
+    'names', 'items', 'words', 'onsets', 'vowels', 'codas', 'when'))
+# What a wording does to the number so far is its key: + x, - x, * x, or nothing. NEW has events as
+# no stage tells them.
+OPENINGS, EVENTS, ENDINGS, NEW, SUMS = (WORDINGS[kind] for kind in (
+    'openings', 'events', 'endings', 'new', 'sums'))
 # What it does to the number is all that there is to learn of a verb. The file has 120 for more, for
 # less, for neither; 2,000 worked answers show one two to four times on average, a few never.
 GAINS, LOSSES, KEEPS = (part.split() for part in (HERE / 'verbs.txt').read_text().split('\n\n'))
-WHEN = ['', '', ' today', ' at school', ' on Sunday', ' after lunch', ' in the rain', ' at night']
-ENDINGS = {
-    '': ['How many {i} does {n} have now?', 'How many {i} has {n} in the end?',
-         'And now, how many {i} does {n} own?'],
-    '+': ['{m} has {x} more than {n}. How many {i} does {m} have?',
-          '{m} has {x} {i}. How many {i} do they have together?'],
-    '-': ['{m} has {x} fewer than {n}. How many {i} does {m} have?'],
-    '*': ['Each of them costs {x} cents. How many cents are all of them worth?',
-          '{m} has {x} times as many. How many {i} does {m} have?']}
-NEW = {     # events as no stage tells them
-    '+': ['{n} picks up {x} on the way home.', 'Another {x} are delivered to {n}.'],
-    '-': ['A dog runs away with {x}.', '{n} forgets {x} of them on a train.'],
-    '*': ['Overnight they grow to {x} times their number.'],
-    '': ['The bus is {x} minutes late.']}
-SUMS = {'+': ['What is {x} + {y}?', 'What is {x} plus {y}?', 'Add {x} and {y}.'],
-        '-': ['What is {x} - {y}?', 'What is {x} minus {y}?', 'Take {y} away from {x}.'],
-        '*': ['What is {x} * {y}?', 'What is {x} times {y}?', 'Multiply {x} by {y}.']}
 
 
 def tokenizer():
@@ -233,7 +198,8 @@ def reward(example, answer):
 
 
 def prepare(folder=HERE):
-    write(Path(folder) / 'world.json',
+    folder = Path(out_dir or folder)
+    write(folder / 'world.json',
           lambda file: file.write(json.dumps({'digits': difficulty}).encode()))
     made = {split: examples(split, digits=difficulty) for split in ('train', 'val')}
     counts = {'train': demonstrations, 'val': held_out}
@@ -244,5 +210,4 @@ def prepare(folder=HERE):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_prepare(prepare, Path(out_dir or HERE))
+    run_prepare(globals(), prepare)

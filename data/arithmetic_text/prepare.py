@@ -10,20 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from configurator import configure  # noqa: E402
-from data.arithmetic.prepare import (  # noqa: E402
-    EVENTS,
-    ITEMS,
-    NAMES,
-    OPENINGS,
-    factor,
-    number,
-    quoted,
-    tokenizer,
-    told,
-    word_of,
-    wording,
-)
+from data.arithmetic import prepare as world  # noqa: E402
 from data.files import run_prepare, write_tokens  # noqa: E402
 
 characters = 4_000_000  # of text to train on
@@ -31,14 +18,14 @@ characters = 4_000_000  # of text to train on
 
 def story(rng):
     """Something happens to the things of n, which nobody counts; then it is noted."""
-    (n, m), i = rng.sample(NAMES, 2), rng.choice(ITEMS)
+    (n, m), i = rng.sample(world.NAMES, 2), rng.choice(world.ITEMS)
     said = []
-    for part in [OPENINGS] + [EVENTS] * rng.randint(0, 2):
-        sign, text = wording(rng, part)
-        x = factor(rng) if sign == '*' and part is EVENTS else number(rng, 3)
-        y = factor(rng) if sign == '*' else number(rng, 3)
-        said.append(told(rng, text, n=n, m=m, i=i, x=x, y=y))
-    notes, numbers = ' '.join(map(quoted, said)), re.findall(r'\d+', ' '.join(said))
+    for part in [world.OPENINGS] + [world.EVENTS] * rng.randint(0, 2):
+        sign, text = world.wording(rng, part)
+        x = world.factor(rng) if sign == '*' and part is world.EVENTS else world.number(rng, 3)
+        y = world.factor(rng) if sign == '*' else world.number(rng, 3)
+        said.append(world.told(rng, text, n=n, m=m, i=i, x=x, y=y))
+    notes, numbers = ' '.join(map(world.quoted, said)), re.findall(r'\d+', ' '.join(said))
     return ' '.join(said + rng.sample([
         f'The notes are {notes}.', f'{n} notes {notes}: {", ".join(numbers)}.',
         f'For {n} it was {", ".join(numbers)}.',
@@ -47,7 +34,8 @@ def story(rng):
 
 def fact(rng):
     """Of numbers or of a word; most of it can be copied from where it was said before."""
-    x, y, z, word = number(rng, 4), number(rng, 3), number(rng, 5), word_of(rng)
+    x, y, z = (world.number(rng, digits) for digits in (4, 3, 5))
+    word = world.word_of(rng)
     letter, spelled = rng.choice(word), '-'.join(word)
     return rng.choice([
         f'{x}+{y} is {x + y}. Again: {x}+{y} is {x + y}.', f'{x} {y} {z}, again {x} {y} {z}.',
@@ -66,12 +54,11 @@ def text_of(count, seed):
 
 
 def prepare(folder=Path(__file__).parent):
-    encode = tokenizer().encode
-    write_tokens(folder, tokenizer(), 'sentences made up from a seed',
+    encode = world.tokenizer().encode
+    write_tokens(folder, world.tokenizer(), 'sentences made up from a seed',
                  train=encode(text_of(characters, 'train')),
                  val=encode(text_of(characters // 20, 'val')))
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_prepare(prepare)
+    run_prepare(globals(), prepare)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure  # noqa: E402
-from data.files import write_tokens  # noqa: E402
+from data.files import run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -56,5 +55,4 @@ def prepare(folder=HERE):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    prepare()
+    run_prepare(globals(), prepare)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure  # noqa: E402
 from data.files import download, run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
@@ -37,5 +36,4 @@ def prepare(source='', folder=HERE):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_prepare(prepare, source)
+    run_prepare(globals(), prepare, 'source')

@@ -13,7 +13,6 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure  # noqa: E402
 from data.files import run_prepare, write_texts  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
@@ -46,5 +45,4 @@ def fetch(source='', folder=HERE):
 
 
 if __name__ == '__main__':
-    configure(globals())
-    run_prepare(fetch, source)
+    run_prepare(globals(), fetch, 'source')
