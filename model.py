@@ -37,7 +37,7 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_embd % (self.n_head * (2 if self.position == 'rope' else 1)):
+        if self.n_embd % (2 * self.n_head):     # rope turns pairs
             raise ValueError(f'n_embd = {self.n_embd} does not divide into n_head = {self.n_head} '
                              'heads of an even width')
         if self.n_head % self.n_kv_head:
@@ -157,8 +157,12 @@ class GPT(nn.Module):
         self.config = config
         # GPT-2's names in nanoGPT's order, so that their weights and AdamW's state fit.
         parts = {'wte': nn.Embedding(config.table_rows, config.n_embd)}
+        rope = None
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            rope = rotary(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer('rope', rope, persistent=False)
         if config.ngrams > 1:
             parts['ngram'] = nn.Embedding(config.ngram_rows, config.n_embd)
         parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -169,8 +173,6 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.table_rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        rope = rotary(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer('rope', rope if config.position == 'rope' else None, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -243,14 +245,13 @@ class GPT(nn.Module):
         loss = None if targets is None else weighted_loss(logits, targets, weights)
         return logits, loss
 
-    def flops_per_token(self, T=None):
+    def flops_per_token(self, T):
         """
         Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight of
-        a matrix product, 12 * n_layer * C * T for attention over rows of T (None: block_size).
+        a matrix product, 12 * n_layer * C * T for attention over rows of T tokens.
         """
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
-        return 6 * weights + attention
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
     def parameter_groups(self, muon):
         """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""

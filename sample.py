@@ -80,7 +80,7 @@ class KVCache:
         self.block_size = config.block_size     # and one slot more, which padding is written to
         shape = (config.n_layer, rows, config.block_size + 1, config.n_kv_head,
                  config.n_embd // config.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv')
+        self.kv = torch.zeros((2, *shape), device=device, dtype=dtype)
         self.pos = torch.zeros(rows, device=device, dtype=torch.long)           # tokens held
         self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)    # the last ids
         self.row = torch.arange(rows, device=device)[:, None]
@@ -88,15 +88,14 @@ class KVCache:
     def part(self, first, last):
         """-> rows first .. last - 1 as a cache, in the same memory."""
         part = copy.copy(self)
-        part.k, part.v = self.k[:, first:last], self.v[:, first:last]
+        part.kv = self.kv[:, :, first:last]
         part.pos, part.tail = self.pos[first:last], self.tail[first:last]
         part.row = self.row[:last - first]
         return part
 
     def copy_row(self, source, target, count):
         """Let row target hold the first count tokens of row source."""
-        for memory in self.k, self.v:
-            memory[:, target, :count] = memory[:, source, :count]
+        self.kv[:, :, target, :count] = self.kv[:, :, source, :count]
         self.pos[target], self.tail[target] = count, self.tail[source]
 
     def truncate(self, row, ids):
@@ -118,9 +117,9 @@ class KVCache:
 
     def extend(self, layer, k, v):
         """Write k, v: (B, T, G, D) into their slots. -> all of a layer's, (B, S, G, D) each"""
-        self.k[layer].index_put_((self.row, self.slots), k)
-        self.v[layer].index_put_((self.row, self.slots), v)
-        return self.k[layer, :, :self.span], self.v[layer, :, :self.span]
+        self.kv[0, layer].index_put_((self.row, self.slots), k)
+        self.kv[1, layer].index_put_((self.row, self.slots), v)
+        return self.kv[0, layer, :, :self.span], self.kv[1, layer, :, :self.span]
 
     def advance(self, x, recent):
         """Count what was read. x: (B, T, C), recent: tail, idx -> each row's last x, (B, 1, C)"""
@@ -155,16 +154,16 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     return probs
 
 
-def draw(logits, requests, rngs):
-    """logits: (B, V), a generator for each row -> list of B ids, list of their log-probabilities"""
-    if all(request.sampling.temperature == 0 for request in requests):
-        return logits.argmax(1).tolist(), [0.0] * len(requests)
-    settings = torch.tensor([[*vars(request.sampling).values()] for request in requests])
+def draw(logits, rows):
+    """logits: (B, V), of B Rows -> list of B ids, list of their log-probabilities"""
+    if all(row.request.sampling.temperature == 0 for row in rows):
+        return logits.argmax(1).tolist(), [0.0] * len(rows)
+    settings = torch.tensor([[*vars(row.request.sampling).values()] for row in rows])
     probs = probabilities(logits, *settings.to(logits.device).T[:, :, None])
     probs = probs if probs.device.type != 'mps' else probs.cpu()    # it has no float64
     # The first token whose cumulative probability exceeds the draw: no token of probability 0.
     sums = probs.double().cumsum(1)
-    draws = torch.tensor([[rng.random()] for rng in rngs]).to(sums)
+    draws = torch.tensor([[row.rng.random()] for row in rows]).to(sums)
     ids = torch.searchsorted(sums, draws * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
     return ids[:, 0].tolist(), probs.gather(1, ids)[:, 0].log().tolist()
 
@@ -174,10 +173,10 @@ class Row:
     """A row of the cache while a request has it: read_pending() reads its pending ids, emit()
     writes the token drawn then, which becomes pending, until release() frees the row."""
     request: Request
-    pending: list           # ids to be read before its next token can be drawn
     rng: np.random.Generator
-    held: int = 0           # ids that the cache holds
-    slid: bool = False      # True once the window has left the prompt's start behind
+    context: list           # the ids that its window began with: the prompt, until it slides
+    pending: list           # ids to be read before its next token can be drawn
+    held: int = 0           # number of ids that the cache holds
 
 
 @torch.inference_mode()
@@ -190,37 +189,42 @@ def decode(model, requests, rows):
     """
     weight = model.transformer.wte.weight
     cache = KVCache(model.config, rows, weight.device, weight.dtype)
-    live, source = [], iter(requests)   # live[i] is in row i of the cache: no gaps
-    while live or source:
+    live, source, more = [], iter(requests), True   # live[i] is in row i of the cache: no gaps
+    while live or more:
         yield from release(live, cache)
-        while source and len(live) < rows:
-            request = next(source, False)
-            source = source if request is not False else None
-            if not request:
-                break
-            cache.truncate(len(live), [])
-            live.append(Row(request, request.prompt[-cache.block_size:],
-                            np.random.default_rng(request.seed)))
-        if not live and source:
+        more = admit(live, source, cache)
+        if not live and more:
             yield None
         for i, row in enumerate(live):
-            share_prompt(live, i, cache)
-            if len(row.pending) > 1 and row.held == 0:      # a prompt is read in one pass
-                yield from step(model, cache, live, i, i + 1)
+            if row.held == 0:   # it begins, and reads all but one token in one pass
+                share_context(live, i, cache)
+                if len(row.pending) > 1:
+                    yield from step(model, cache, live, i, i + 1)
         if any(row.pending for row in live):
-            yield from step(model, cache, live, 0, len(live) if cache.k.is_cpu else rows)
+            yield from step(model, cache, live, 0, len(live) if cache.kv.is_cpu else rows)
+
+
+def admit(live, source, cache):
+    """Give free rows to the next requests. -> whether there may be more"""
+    while len(live) < len(cache.pos):
+        request = next(source, False)
+        if not request:
+            return request is None
+        context = request.prompt[-cache.block_size:]
+        cache.truncate(len(live), [])
+        live.append(Row(request, np.random.default_rng(request.seed), context, context))
+    return True
 
 
 def step(model, cache, live, first, last):
     """Let rows first .. last - 1 read; rows with nothing pending then get a token. Yields them"""
     ready, logits = read_pending(model, cache.part(first, last), live[first:last])
-    drawn = draw(logits, [row.request for row in ready], [row.rng for row in ready])
-    for row, token, logprob in zip(ready, *drawn, strict=True):
+    for row, token, logprob in zip(ready, *draw(logits, ready), strict=True):
         emit(row, token, logprob)
         if row.held + len(row.pending) > cache.block_size:      # full: keep the later half
             text = row.request.prompt + row.request.ids
-            row.pending = text[-max(1, cache.block_size // 2):]
-            row.held, row.slid = 0, True
+            row.context = row.pending = text[-max(1, cache.block_size // 2):]
+            row.held = 0
             cache.truncate(live.index(row), [])
         yield row.request
 
@@ -236,7 +240,7 @@ def read_pending(model, cache, live):
         row.held += len(ids)
         if ids and not row.pending:
             ready.append(i)
-    logits = model(torch.from_numpy(idx).to(cache.k.device), cache=cache)[0]
+    logits = model(torch.from_numpy(idx).to(cache.kv.device), cache=cache)[0]
     return [live[i] for i in ready], logits[ready, 0]
 
 
@@ -270,14 +274,12 @@ def release(live, cache):
                 cache.copy_row(len(live), i, row.held)
 
 
-def share_prompt(live, i, cache):
-    """Let a new row copy its prompt, all but the last token, from a row with the same prompt."""
-    row, same = live[i], (j for j in range(i) if not live[j].slid
-                          and live[j].request.prompt == live[i].request.prompt)
-    twin = None if row.held or row.slid else next(same, None)
-    if twin is not None:
-        *read, last = row.pending
-        cache.copy_row(twin, i, len(read))
+def share_context(live, i, cache):
+    """Let a row copy its context, all but the last token, from a row that began with the same."""
+    row, same = live[i], [j for j in range(i) if live[j].context == live[i].context]
+    if same:
+        *read, last = row.context
+        cache.copy_row(same[0], i, len(read))
         cache.truncate(i, read)
         row.pending, row.held = [last], len(read)
 

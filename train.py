@@ -126,11 +126,8 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def forward(self, network, *batch):
-        """A network's forward in this run's precision; batch is moved to the device if needed."""
-        batch = [t for t in batch if t is not None]
-        if self.device.startswith('cuda'):      # pinned, so that the copy overlaps the GPU's work
-            batch = [t if t.is_cuda else t.pin_memory() for t in batch]
-        batch = [t.to(self.device, non_blocking=True) for t in batch]
+        """A network's forward in this run's precision; batch, without None, goes to the device."""
+        batch = [t.to(self.device, non_blocking=True) for t in batch if t is not None]
         with torch.autocast(self.device.split(':')[0], self.dtype, self.dtype != torch.float32):
             return network(*batch)
 
@@ -237,7 +234,7 @@ def apply_gradient(run, loss, in_play, rate):
         run.scaler.unscale_(optimizer)
     scale = run.world / in_play     # DistributedDataParallel has divided by run.world
     norm = torch.nn.utils.get_total_norm(grads).item() * scale
-    finite = math.isfinite(norm) and math.isfinite(loss)
+    finite = math.isfinite(norm + loss)
     overflow = run.scaler.is_enabled() and math.isfinite(loss)  # fp16 is looking for its scale
     run.skipped = 0 if finite or overflow else run.skipped + 1
     if finite:
@@ -256,16 +253,15 @@ def log_step(run, losses, norm, seconds, tokens):
     """Log and print means over the steps since run.seconds and run.tokens were these."""
     seconds, rate = run.seconds - seconds, (run.tokens - tokens) / (run.seconds - seconds)
     left = seconds / len(losses) * (max_iters - run.step) / 60
-    machine = extra('machine')
-    mfu = machine.mfu(run, rate, block_size) if machine else None
+    if machine := extra('machine'):
+        run.note(**machine.mfu(run, rate, block_size))
     means = torch.tensor([np.mean(values) for values in run.notes.values()])
     run.notes, names = {}, list(run.notes)
     notes = dict(zip(names, all_sum(means / run.world), strict=True))
     loss = float(np.mean(losses))
-    runs.log(run, loss=loss, norm=norm, tokens_per_second=rate, mfu=mfu, **notes)
+    runs.log(run, loss=loss, norm=norm, tokens_per_second=rate, **notes)
     say(f'step {run.step}: loss {loss:.4f}, {1e3 * seconds / len(losses):.0f} ms, '
-        f'{rate:,.0f} tokens/s' + (f', {mfu:.0%} of peak' if mfu else '')
-        + ''.join(f', {name} {value:.3g}' for name, value in notes.items())
+        f'{rate:,.0f} tokens/s' + ''.join(f', {name} {value:.3g}' for name, value in notes.items())
         + f', {left:.1f} minutes left')
 
 
@@ -346,7 +342,9 @@ def make_run(config):
         precision = getattr(torch, checkpoint['config'].get('dtype', 'auto'), precision)
     config['dtype'] = str(precision)[6:]
     network = model = model if dry_run else model.to(where)
-    if compile or (compile is None and where.startswith('cuda')):
+    if compile is None:
+        config['compile'] = where.startswith('cuda')
+    if config['compile']:
         network = torch.compile(model)
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)

@@ -66,20 +66,21 @@ def download(urls, path, sha256, timeout=30):
             reply = requests.get(url, timeout=timeout)
             reply.raise_for_status()
             if hashlib.sha256(reply.content).hexdigest() == sha256:
-                return write(path, lambda file, text=reply.content: file.write(text))
+                return write(path, reply.content)
             problems.append(f'{url}: not the expected text (checksum differs)')
         except requests.RequestException as error:
             problems.append(f'{url}: {type(error).__name__}')
     raise ConnectionError(f'cannot download {Path(path).name}: ' + '; '.join(problems))
 
 
-def write(path, put):
-    """Let put(file) write under a temporary name, flush, rename: path is never half-written."""
+def write(path, content):
+    """Write bytes, or let content(file) write, under a temporary name; flush, rename: path is never
+    half-written."""
     path, temporary = Path(path), Path(path).with_suffix(f'.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
-            put(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -100,7 +101,7 @@ def write_tokens(folder, tokenizer, source, **splits):
                counts={split: len(array) for split, array in arrays.items()},
                sha256={split: hashlib.sha256(array).hexdigest() for split, array in arrays.items()})
     for split, array in sorted(arrays.items(), reverse=True):   # train.bin last: then all is there
-        write(Path(folder) / f'{split}.bin', array.tofile)
+        write(Path(folder) / f'{split}.bin', array)
         print(f'{split} has {len(array):,} tokens')
 
 
@@ -110,7 +111,7 @@ def write_texts(folder, tokenizer, source, **splits):
         if not texts:
             raise ValueError(f'{source}: no conversations for {split}')
         mask = np.concatenate([np.asarray(in_play, np.uint8) for _, in_play in texts])
-        write(Path(folder) / f'{split}.mask.bin', mask.tofile)
+        write(Path(folder) / f'{split}.mask.bin', mask)
     write_tokens(folder, tokenizer, source, **{
         split: np.concatenate([np.asarray(ids) for ids, _ in texts])
         for split, texts in splits.items()})
@@ -130,8 +131,7 @@ def write_questions(folder, tokenizer, source, conversation, **splits):
     train = splits['train']
     splits.update(train=[q for i, q in enumerate(train) if i % 20 or len(train) < 20],
                   val=train[::20])
-    text = json.dumps(splits).encode()
-    write(Path(folder) / 'questions.json', lambda file: file.write(text))
+    write(Path(folder) / 'questions.json', json.dumps(splits).encode())
     write_conversations(folder, tokenizer, source, train=map(conversation, splits['train']),
                         val=map(conversation, splits['val']))
 
@@ -157,8 +157,7 @@ def load_splits(source, *hub):
 def write_meta(folder, tokenizer, source, dtype, counts, sha256):
     meta = dict(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.spec,
                 counts=counts, source=str(source), sha256=sha256)
-    text = json.dumps(meta, indent=1).encode()
-    write(Path(folder) / 'meta.json', lambda file: file.write(text))
+    write(Path(folder) / 'meta.json', json.dumps(meta, indent=1).encode())
 
 
 class PlainUnpickler(pickle.Unpickler):

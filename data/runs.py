@@ -94,35 +94,22 @@ def out_of_memory(error, config):
 
 def open_folder(run, resumed):
     """Make out_dir ready to be written to; a run that it holds is moved aside, never overwritten"""
-    out_dir = run.config['out_dir']
-    if run.rank == 0 and resumed:
-        truncate_log(Path(out_dir, 'log.jsonl'), run.step)
-    elif run.rank == 0 and (aside := fresh_folder(out_dir)):
-        say(f'{out_dir} holds a run already: moved to {aside}')
-    if run.rank == 0 and run.config['wandb_log']:
-        import wandb
-        wandb.init(project=run.config['wandb_project'], name=run.config['wandb_run_name'],
-                   config=run.config)
-
-
-def fresh_folder(folder):
-    """Make folder for a new run; one that holds a run is moved aside. -> where to, or None"""
-    folder, aside = Path(folder), None
-    if (folder / 'ckpt.pt').exists() or (folder / 'best.pt').exists():
+    if run.rank:
+        return
+    folder = Path(run.config['out_dir'])
+    if not resumed and ((folder / 'ckpt.pt').exists() or (folder / 'best.pt').exists()):
         numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
         aside = next(path for path in numbered if not path.exists())
         folder.rename(aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    truncate_log(folder / 'log.jsonl', -1)
-    return aside
-
-
-def truncate_log(path, step):
-    """Leave out of a log what lies beyond step, and a line that was cut in the middle."""
-    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
-    text = ''.join(line + '\n' for line in kept).encode()
-    write(path, lambda file: file.write(text))
+        say(f'{folder} holds a run already: moved to {aside}')
+    log = folder / 'log.jsonl'      # of a resumed run, what is beyond its step is left out
+    lines = log.read_text(encoding='utf-8').splitlines() if resumed and log.exists() else []
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= run.step]
+    write(log, ''.join(line + '\n' for line in kept).encode())
+    if run.config['wandb_log']:
+        import wandb
+        wandb.init(project=run.config['wandb_project'], name=run.config['wandb_run_name'],
+                   config=run.config)
 
 
 def log(run, **metrics):

@@ -101,7 +101,7 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
         raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its '
                          '*.bin and source.json to begin anew')
     folder.mkdir(parents=True, exist_ok=True)
-    write(source_file, lambda file: file.write(json.dumps(origin).encode()))
+    write(source_file, json.dumps(origin).encode())
     paths = sorted(glob.glob(source)) if source else hub_files(repository, within)
     with multiprocessing.Pool(processes or None) as pool:
         for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
@@ -111,8 +111,8 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
             done = pool.imap(tokenize, jobs)
             train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
             if sum(map(len, val)):
-                write(folder / f'val_{name}.bin', np.concatenate(val).tofile)
-            write(folder / f'train_{name}.bin', np.concatenate(train).tofile)
+                write(folder / f'val_{name}.bin', np.concatenate(val))
+            write(folder / f'train_{name}.bin', np.concatenate(train))
     shards = {split: sorted(folder.glob(f'{split}_*.bin')) for split in ('train', 'val')}
     if not shards['val']:
         raise ValueError(f'no document was held out: make --held_out less than {held_out}')

@@ -32,7 +32,6 @@ def show(run, origin):
             'data of unknown length')
         whole = f'{total:,} tokens, {flops * total:.1e} FLOPs, {epochs}'
     hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)
-    compiled = config['compile'] or config['compile'] is None and run.device.startswith('cuda')
     say(f"""{config['stage']} on {config['dataset']} from {config['init_from']}, into \
 {config['out_dir']}
   model       {parameters(run.model) / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide, \
@@ -42,7 +41,7 @@ def show(run, origin):
   memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \
 gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   checkpoint  {(4 * parameters(run.model) + state) / 1e6:.1f} MB, and as much for the best one
-  machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={compiled}, \
+  machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={config["compile"]}, \
 {'Muon and AdamW' if hidden else 'AdamW'}""")
     if gpus:
         hours = price(flops * total)

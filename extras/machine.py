@@ -24,9 +24,9 @@ def peak_flops(device, dtype):
 
 
 def mfu(run, rate, block_size):
-    """-> the share of the peak FLOP/s that a training run uses at rate tokens/s; None: unknown"""
+    """-> {'mfu': the share of the peak FLOP/s that a run uses at rate tokens/s}, {} if unknown"""
     peak = peak_flops(run.device, run.dtype)
-    return peak and run.model.flops_per_token(block_size) * rate / (peak * run.world)
+    return {'mfu': run.model.flops_per_token(block_size) * rate / peak / run.world} if peak else {}
 
 
 def gpu_flops(name):

@@ -57,9 +57,9 @@ def test_a_row_with_nothing_to_read_stays_where_it_is(model):
     cache = KVCache(model.config, 2)
     first, second = torch.randint(50, (2, 5)), torch.randint(50, (1, 3))
     model(first, cache=cache)
-    held = cache.k[:, 1, :5].clone()
+    held = cache.kv[0, :, 1, :5].clone()
     logits = model(torch.cat((second, torch.full((1, 3), -1))), cache=cache)[0]
-    assert cache.pos.tolist() == [8, 5] and torch.equal(cache.k[:, 1, :5], held)
+    assert cache.pos.tolist() == [8, 5] and torch.equal(cache.kv[0, :, 1, :5], held)
     expected = model(torch.cat((first[:1], second), dim=1))[0][0, -1]
     torch.testing.assert_close(logits[0, 0], expected, atol=2e-5, rtol=1e-5)
 
@@ -279,7 +279,7 @@ def test_flops_are_those_that_torch_counts():
     ):
         model(idx, idx)[1].backward()
     assert counter.get_total_flops() == pytest.approx(
-        model.flops_per_token() * idx.numel(), rel=0.02
+        model.flops_per_token(model.config.block_size) * idx.numel(), rel=0.02
     )
 
 

@@ -199,8 +199,7 @@ def reward(example, answer):
 
 def prepare(folder=HERE):
     folder = Path(out_dir or folder)
-    write(folder / 'world.json',
-          lambda file: file.write(json.dumps({'digits': difficulty}).encode()))
+    write(folder / 'world.json', json.dumps({'digits': difficulty}).encode())
     made = {split: examples(split, digits=difficulty) for split in ('train', 'val')}
     counts = {'train': demonstrations, 'val': held_out}
     write_conversations(
