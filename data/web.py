@@ -40,14 +40,7 @@ def groups_of(path):
 
 
 def texts_of(path, group):
-    """-> the documents of one row group. ValueError where there is no column `text`."""
-    try:
-        return read_texts(path, group)
-    except KeyError as error:
-        raise ValueError(f'{path}: no column {error}') from None
-
-
-def read_texts(path, group):
+    """-> the documents of one row group. KeyError where there is no column `text`."""
     if path.endswith('.parquet'):
         import pyarrow.parquet as pq
         return pq.ParquetFile(path).read_row_group(group, columns=['text'])['text'].to_pylist()

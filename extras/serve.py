@@ -481,11 +481,9 @@ class Protocol(H11Protocol):
             self.loop.call_later(MOST_SECONDS, self.check, self.cycle)
 
 
-class Server:
-    """
-    An Endpoint at http://host:port, until run() ends by Ctrl-C or, if it was made as a context and
-    runs in a thread, the context ends. decode: an iterator of requests -> those at work.
-    """
+class Server(uvicorn.Server):
+    """An Endpoint at http://host:port, until Ctrl-C or should_exit ends run(). decode: an iterator
+    of requests -> those at work."""
 
     def __init__(self, endpoint, decode, host, port, limit):
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
@@ -493,26 +491,15 @@ class Server:
         self.server_port = self.socket.getsockname()[1]
         self.queue = RequestQueue(decode, limit)
         api = Api(endpoint, self.queue, host in ('127.0.0.1', 'localhost', '::1'))
-        self.http = uvicorn.Server(uvicorn.Config(
+        super().__init__(uvicorn.Config(
             api.app, http=Protocol, log_level='critical', limit_concurrency=MOST_CLIENTS,
             lifespan='off', timeout_graceful_shutdown=2))
 
     def run(self):
         try:
-            self.http.run(sockets=[self.socket])
+            super().run(sockets=[self.socket])
         finally:
             self.queue.close()
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-        while not self.http.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_):
-        self.http.should_exit = True
-        self.thread.join()
 
 
 def main():

@@ -311,10 +311,13 @@ def server():
     model, rows = build(GPT2_124M), 16
     tokenizer = Tokenizer.of_text(''.join(map(chr, range(32, 126))))
     prompts = [[i + 1] * 16 for i in range(rows)]
+    from conftest import serving
+
     from extras.serve import Endpoint, Server
 
     known = Endpoint(model, tokenizer, {'lineage': []}, 'bench')
-    with Server(known, lambda source: decode(model, source, rows), '127.0.0.1', 0, 64) as web:
+    server = Server(known, lambda source: decode(model, source, rows), '127.0.0.1', 0, 64)
+    with serving(server) as web:
 
         def ask(prompt):
             connection = http.client.HTTPConnection('127.0.0.1', web.server_port)

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,20 @@ def inside(script, *arguments, cwd=None, ok=True):
     assert (refusal is None) == ok, (refusal, text)
     assert ok or (isinstance(refusal, str) and '\n' not in refusal), refusal
     return text + (refusal or '')
+
+
+@contextlib.contextmanager
+def serving(server):
+    """A server of extras/serve.py at work in a thread of its own."""
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import TEXT, tiny
+from conftest import TEXT, serving, tiny
 
 from data.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def server():
 
     model = tiny(vocab_size=LETTERS.vocab_size, block_size=4096)
     known = Endpoint(model, LETTERS, {'lineage': [{'stage': 'sft'}]}, 'out-talk')
-    with Server(known, work, '127.0.0.1', 0, 64) as server:
+    with serving(Server(known, work, '127.0.0.1', 0, 64)) as server:
         yield SimpleNamespace(url=f'http://127.0.0.1:{server.server_port}/')
 
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, tiny
+from conftest import ROOT, TEXT, serving, tiny
 
 from data.tokenizer import Detokenizer, Tokenizer
 from sample import Request, Sampling, decode, generate
@@ -43,7 +43,7 @@ def start(model, checkpoint=TAUGHT, limit=64, rows=4, slow=0.0, endless=False):
     if endless:  # no token ends an answer
         make = known.request
         known.request = lambda *how: dataclasses.replace(make(*how), end=())
-    return Server(known, work, '127.0.0.1', 0, limit)
+    return serving(Server(known, work, '127.0.0.1', 0, limit))
 
 
 @pytest.fixture(scope='module')
@@ -333,11 +333,12 @@ def test_requests_of_a_client_that_left_do_not_fill_the_queue(model):
 
 
 def test_a_loop_that_always_fails_says_so_and_does_not_spin(model, capsys):
-    def broken(source):
+    def fails(source):
         raise MemoryError('no room')
         yield
 
-    with Server(Endpoint(model, LETTERS, TAUGHT, 'x'), broken, '127.0.0.1', 0, 9) as server:
+    broken = Server(Endpoint(model, LETTERS, TAUGHT, 'x'), fails, '127.0.0.1', 0, 9)
+    with serving(broken) as server:
         assert post(server, body={'prompt': 'to'})[0] == 500
     assert capsys.readouterr().err.count('decoding failed') < 50
 
