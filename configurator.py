@@ -63,8 +63,9 @@ def coerce(value, kind):
 
 def range_of(comment):
     """'...; from 0 to 1' -> (0.0, 1.0), '...; at least 1' -> (1.0, inf)"""
-    found = re.search(r'(?:at least|from) (\S+?)(?: to (\S+))?$', comment) or [None] * 3
-    return float(found[1] or '-inf'), float(found[2] or 'inf')
+    found = re.search(r'(?:at least|from) (-?[\d.e-]+)(?: to (-?[\d.e-]+))?$', comment)
+    low, high = found.groups() if found else (None, None)
+    return float(low or '-inf'), float(high or 'inf')
 
 
 def run_file(path, values):

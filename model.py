@@ -86,8 +86,8 @@ class Context:
     positions: torch.Tensor    # (B or 1, T), of the tokens, which are the queries
     keys: torch.Tensor         # (S), positions of the keys
     tail: torch.Tensor         # (B, ngrams - 1), the ids before idx, -1 for none
-    mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: all, or
-    is_causal: bool = False    # those up to itself, which needs no mask
+    mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: no mask
+    is_causal: bool = False    # without a mask: a query sees the keys up to its own position
     rope: torch.Tensor = None  # (2, B or 1, T, 1, D), the angles of these positions for rotate()
     cache: object = None       # where keys and values of earlier tokens are kept; see sample.py
 
@@ -255,11 +255,15 @@ class GPT(nn.Module):
 
     def parameter_groups(self, muon):
         """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""
-        hidden, tables, rest = [], [], []
+        hidden, matrices, rest = [], [], []
         for name, p in self.named_parameters():
-            of_layer = hidden if muon and name.startswith('transformer.h.') else tables
-            (of_layer if p.dim() >= 2 else rest).append(p)
-        return hidden, tables, rest
+            if p.dim() < 2:
+                rest.append(p)
+            elif muon and name.startswith('transformer.h.'):
+                hidden.append(p)
+            else:
+                matrices.append(p)
+        return hidden, matrices, rest
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0,
                              muon_dtype=torch.bfloat16):
@@ -267,10 +271,10 @@ class GPT(nn.Module):
         AdamW for all (in nanoGPT's two groups), or with muon_lr: Muon for the layers' matrices and
         AdamW for the rest. -> list of optimizers
         """
-        hidden, tables, rest = self.parameter_groups(muon_lr > 0)
-        groups = [dict(params=tables, weight_decay=weight_decay),
+        hidden, matrices, rest = self.parameter_groups(muon_lr > 0)
+        groups = [dict(params=matrices, weight_decay=weight_decay),
                   dict(params=rest, weight_decay=0.0)]
-        fused = tables[0].device.type in ('cuda', 'cpu')
+        fused = matrices[0].device.type in ('cuda', 'cpu')
         optimizers = [torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate,
                                         betas=betas, fused=fused)]
         if hidden:

@@ -30,7 +30,7 @@ ignore_end = False      # continue after the end token
 seed = 1337             # sample i depends on seed + i alone; at least 0
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
-quantize = ''           # int8: weights of a byte each (extras/int8.py)
+quantize = ''           # int8: 8-bit weights (extras/int8.py)
 compile = False         # torch.compile the model
 
 MOVED = dict.fromkeys(['chat', 'votes'], 'use python -m extras.chat') | {     # former settings
@@ -196,10 +196,10 @@ def decode(model, requests, rows):
         if not live and more:
             yield None
         for i, row in enumerate(live):
-            if row.held == 0:   # it begins, and reads all but one token in one pass
+            if row.held == 0:
                 share_context(live, i, cache)
-                if len(row.pending) > 1:
-                    yield from step(model, cache, live, i, i + 1)
+            while row.held == 0 and len(row.pending) > 1:   # read in one pass; if that fills the
+                yield from step(model, cache, live, i, i + 1)       # window, so is its later half
         if any(row.pending for row in live):
             yield from step(model, cache, live, 0, len(live) if cache.kv.is_cpu else rows)
 

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,13 +78,14 @@ dtype = 'auto'               # float32, bfloat16 or float16; auto: the fastest h
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 
-MAX_SKIPS = 5   # this many steps in a row without a finite gradient end the run
+MAX_SKIPS = 5   # this many updates in a row without a finite gradient end the run
 
 
 @dataclass
 class Stage:
     """Defines a stage. In a file of stages/ a function stage() returns these as a dict."""
-    start: object              # run -> batches(step): its (x, y, w); evaluate(): metrics, score
+    start: object              # run -> batches, evaluate: batches(step) yields (x, y, w), and None
+                               # where the weights are updated; evaluate() -> metrics, score
     samples: bool = False      # it learns from what the model itself writes
     reference: bool = False    # it keeps a second model, frozen, to compare with
 
@@ -109,7 +111,7 @@ class Run:
     tokens: int = 0            # read so far, by all processes
     seconds: float = 0.0       # of training so far
     best: float = math.inf     # lowest score of an evaluation so far
-    skipped: int = 0           # steps in a row without a finite gradient
+    skipped: int = 0           # updates in a row without a finite gradient
     asked_to_stop: int = 0     # 1: this process caught a signal
     stop: float = 0            # number of processes that did, summed each step: all stop together
     notes: dict = field(default_factory=dict)   # a stage's numbers for the next line of the log
@@ -138,7 +140,7 @@ class Run:
         return token_log_probs(logits, y.to(logits.device))
 
 
-SCHEDULES = {   # the learning rate after the warm-up, from 1 to 0, at a step of a decay to step end
+SCHEDULES = {   # after the warm-up: (step, end) -> a share that falls from 1 to 0 at step end
     'cosine': lambda step, end: 0.5 * (1 + math.cos(
         math.pi * (step - warmup_iters) / max(1, end - warmup_iters))),
     'linear': lambda step, end: min(1.0, (end - step) / (warmdown * end))}
@@ -172,8 +174,8 @@ def loop(run, batches, evaluate):
         if run.skipped:
             say(f'step {run.step}: loss {loss} or its gradient is not finite: skipped, '
                 f'{run.skipped} in a row')
-        if run.skipped == MAX_SKIPS:
-            raise ValueError(f'{MAX_SKIPS} steps in a row were not finite: lower --learning_rate '
+        if run.skipped >= MAX_SKIPS:
+            raise ValueError(f'{run.skipped} updates in a row not finite: lower --learning_rate '
                              'and --muon_lr; out_dir has the last good checkpoint, if any')
         if run.step % log_interval == 0:
             log_step(run, losses, norm, *since)
@@ -187,7 +189,8 @@ def loop(run, batches, evaluate):
 
 
 def one_step(run, batches, step):
-    """The updates of a step: one, or several that the stage separates by None. -> the last one's"""
+    """The updates of a step: one, or several that the stage separates by None
+    -> loss, N and norm of the gradient of the last one"""
     result = None
     for is_update, microbatches in itertools.groupby(batches(step), lambda b: b is not None):
         if is_update:
@@ -298,10 +301,11 @@ def show(run):
 def find_stage(values):
     """-> the module of a stage, None for one that reads rows. values: all settings by name"""
     name, folder = values['stage'], Path(__file__).with_name('stages')
-    known = [*TEXT_STAGES, 'sft', *sorted(file.stem for file in folder.glob('[a-z]*.py'))]
+    files = sorted(file.stem for file in folder.glob('[a-z]*.py'))
+    known = [*TEXT_STAGES, 'sft', *files]
     if name not in known:
         raise ValueError(f'--stage={name}: no such stage; there are: {" ".join(known)}')
-    return importlib.import_module(f'stages.{name}') if name in known[3:] else None
+    return importlib.import_module(f'stages.{name}') if name in files else None
 
 
 def other_settings(values):
@@ -347,6 +351,7 @@ def make_run(config):
     if config['compile']:
         network = torch.compile(model)
     if world > 1:
+        warnings.filterwarnings('ignore', '.*broadcast_buffers')    # renamed in torch 2.13
         network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
     begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(

@@ -60,7 +60,7 @@ def read_rows(run):
 
 
 def held_out_batches(run, source):
-    """Every held-out target of a data set once, in at most eval_iters batches."""
+    """All held-out rows of a data set, or eval_iters batches spread evenly over them."""
     count, batch_size, most = (source.held_out(), run.config['batch_size'],
                                run.config['eval_iters'] * run.config['batch_size'])
     numbers = np.arange(count)

@@ -1,7 +1,8 @@
 """
 Tasks: questions, a conversation for each, and a reward for an answer.
 
-A task is a data set whose prepare.py has three more functions:
+A task is a data set (its prepare() writes train.bin, val.bin and meta.json, for RL too) whose
+prepare.py has three more functions:
     examples(split, seed)       yields examples, dicts of any form
     conversation(example)       -> messages for Tokenizer.render; the last one is a worked answer
     reward(example, answer)     -> a number: how good an answer is, the text as people see it

@@ -70,8 +70,8 @@ class Tokenizer:
 
     @classmethod
     def of_words(cls, text):
-        """A token for each word and #### of a text as it stands after a space, for a word with a
-        capital as it begins a text too."""
+        """A token for each word (and ####) of a text, with its leading space; capitalized words get
+        one without it too, to begin a text."""
         words = set(re.findall('[A-Za-z]{2,}|#+', text))
         return cls({'kind': 'words', 'words': sorted(
             {' ' + word for word in words} | {word for word in words if word[0].isupper()})})
@@ -100,7 +100,7 @@ class Tokenizer:
         ids = ([self.special[p]] if p in special else map(self._char, p) for p in parts)
         return [i for part in ids for i in part]
 
-    def known(self, text):
+    def drop_unknown(self, text):
         """text without the characters that this vocabulary lacks."""
         return text if self.bpe else ''.join(c for c in text if c in self.chars)
 

@@ -61,7 +61,7 @@ def calculate(expression):
         return 'error: not an expression'
     with localcontext(Context(prec=3 * DIGITS)):
         exact = Decimal(result.numerator) / result.denominator
-        if exact * result.denominator != result.numerator:      # it never ends
+        if Fraction(exact) != result:     # its digits never end
             exact = exact.normalize(Context(prec=10))
         return f'{exact.normalize():f}'
 
@@ -89,5 +89,5 @@ def calculator(tokenizer):
             answer = 'error: no call'
         else:
             answer = calculate(tokenizer.decode(ids[marks[-1] + 1:-1]))
-        return [*tokenizer.encode(tokenizer.known(answer)), result]
+        return [*tokenizer.encode(tokenizer.drop_unknown(answer)), result]
     return tool

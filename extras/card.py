@@ -63,11 +63,12 @@ def memory(run):
     # a few more; of its logits there are two in this precision and two in fp32.
     rows = config['batch_size'] * config['block_size']
     work = rows * (c.n_layer * 22 * c.n_embd * size + c.table_rows * (2 * size + 8))
-    if run.stage.samples:   # keys and values
+    weights = 8 * parameters(run.model)
+    if run.stage.samples:   # the policy's copy of the weights, keys and values
+        weights += parameters(run.model) * size if size == 2 else 0
         answers = min(config['rollout_rows'], config['num_prompts'] * config['num_samples'])
         work += answers * config['block_size'] * size * (
             2 * c.n_layer * c.n_embd * c.n_kv_head // c.n_head)
-    weights = 8 * parameters(run.model)
     if run.stage.reference:
         weights += 4 * reference_parameters(run)
     hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)

@@ -20,10 +20,10 @@ from sample import Request, Sampling, decode, open_model
 
 out_dir = 'out'         # the run to talk with; gpt2 or another source of sample.py's --init_from
 max_new_tokens = 500    # in an answer; at least 1
-votes = 1               # decode this many answers and show one that most agree with; at least 1
-tools = True            # with the calculator
+votes = 1               # decode this many answers, show one with the majority's result; at least 1
+tools = True            # let the model call the calculator
 seed = 1337             # answer i depends on seed + i * votes alone; at least 0
-quantize = ''           # int8: weights of a byte each (extras/int8.py)
+quantize = ''           # int8: 8-bit weights (extras/int8.py)
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 

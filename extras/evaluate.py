@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from configurator import configure
+from configurator import configure, read_settings
 from data.files import DATA, extra, program
 from data.runs import folder_of, load_model
 from data.tasks import answer_questions, has_chat_tokens, majority_vote, task_of
@@ -22,9 +22,9 @@ num_examples = 500      # test questions; at least 1
 max_new_tokens = 500    # in an answer; at least 1
 rows = 16               # answers that are decoded side by side; at least 1
 votes = 1               # what most of this many answers say counts; 1: greedy; at least 1
-tools = True            # with the calculator
+tools = True            # let the model call the calculator
 seed = 1337             # of the questions and votes; at least 0
-quantize = ''           # int8: weights of a byte each (extras/int8.py)
+quantize = ''           # int8: 8-bit weights (extras/int8.py)
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 
@@ -50,8 +50,8 @@ def evaluate(model, tokenizer, questions, sampling):
 def main():
     config, origin = configure(globals(), others=lambda values: [Sampling(temperature=0.8)])
     sampling = Sampling(temperature=0.0) if votes == 1 else Sampling.of(config)
-    if votes == 1 and {'temperature', 'top_k', 'top_p'} & origin.keys():
-        raise ValueError('one answer is greedy: temperature, top_k and top_p go with --votes=')
+    if votes == 1 and read_settings(Sampling).keys() & origin.keys():
+        raise ValueError('one answer is greedy: settings of sampling need --votes=')
     questions, table = task_of(DATA / task), {}
     lineage = load_model(out_dir)[2].get('lineage', [])
     runs = [entry.get('init_from', '') for entry in lineage]

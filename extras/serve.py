@@ -44,8 +44,8 @@ host = '127.0.0.1'      # 0.0.0.0 lets other machines in
 port = 8000             # 0: any that is free; from 0 to 65535
 rows = 16               # requests that decode at a time; at least 1
 queue_limit = 64        # requests that may wait for a row; more are answered with 429; at least 1
-tools = True            # with the calculator, in chats
-quantize = ''           # int8: weights of a byte each (extras/int8.py)
+tools = True            # let the model call the calculator, in chats
+quantize = ''           # int8: 8-bit weights (extras/int8.py)
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 
@@ -163,7 +163,7 @@ class Endpoint:
         """-> ids. Half of the window is for the answer; what does not fit the other is left out."""
         for message in messages:    # what people saw of a call may have signs that it never saw
             if message['role'] == 'assistant':
-                message['content'] = self.tokenizer.known(message['content'])
+                message['content'] = self.tokenizer.drop_unknown(message['content'])
         if not self.taught:
             text = '\n'.join(message['content'] for message in messages)
             return self.tokenizer.encode(text)[-self.window // 2:] or self.tokenizer.begin
@@ -215,7 +215,7 @@ class ClientRequest(Request):
     """A Request whose client waits, in another thread than the decoding loop's."""
     wake: object = None         # call it when there is news
     detokenizer: object = None
-    final: tuple = ()           # the ids that the client gets: ids may go on behind a stop text
+    final: tuple = ()           # the ids that the client gets: ids may go on past a stop text
 
     def finish_reason(self):
         if self.detokenizer.stopped or self.reason == 'end':

@@ -4,8 +4,8 @@ the rejected one.
 
     python train.py config/arithmetic_dpo.py
 
-Its loss is -log sigmoid(m), where the margin m = beta * (log-ratio of the chosen one to the
-reference - that of the rejected one). The gradient of this loss is beta * sigmoid(-m) times the
+Its loss is -log sigmoid(m), where the margin m = beta * (log p / p_reference of the chosen one -
+log p / p_reference of the rejected one). The gradient of this loss is beta * sigmoid(-m) times the
 gradient of log p(rejected) - log p(chosen), so the weights of the loss -sum w * log p / N are
 
     w = +beta * sigmoid(-m) for the chosen one's tokens, -beta * sigmoid(-m) for the rejected one's

@@ -34,8 +34,8 @@ num_samples = 8              # answers to each: a group; at least 1
 max_new_tokens = 120         # tokens in an answer; at least 1
 rollout_rows = 64            # answers that are decoded side by side; at least 1
 updates = 1                  # of the weights for each rollout; at least 1
-clip_ratio = 0.2             # how far a token's probability may move in these; at least 0
-divide_by_deviation = False  # of a group; overweights rarely solved questions (arXiv:2503.20783)
+clip_ratio = 0.2             # PPO's: how far p_new / p_old may move from 1; at least 0
+divide_by_deviation = False  # of a group, as GRPO: easy, hard ones gain weight (arXiv:2503.20783)
 eval_examples = 200          # held-out questions, answered greedily; at least 1
 
 
@@ -91,8 +91,9 @@ def rollouts(run, task, step):
 
 
 def policy(run):
-    """The model as it answers: cast to this run's precision, so that its cache takes no more
-    memory. Learning multiplies in that precision too, but keeps weights in fp32."""
+    """The model as it answers: a copy in this run's precision, so that its KV cache is in that
+    precision too. Learning keeps fp32 weights and uses autocast. In bf16 the two find probabilities
+    of a sampled token whose ratio is 1.0000 +- 0.0071 (python tests/bench.py rl)."""
     return run.model if run.dtype == torch.float32 else copy.deepcopy(run.model).to(run.dtype)
 
 
@@ -114,7 +115,7 @@ def example_of(request, weight):
 def merge_duplicates(examples):
     """
     Examples that are the very same become one with the sum of their weights: the same gradient in
-    half of the time. N would have counted each, so all weights are scaled to make up for that.
+    less time. N would have counted each, so all weights are scaled to make up for that.
     """
     same = {}
     for example in examples:

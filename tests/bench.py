@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import auto_device, configure, read_settings  # noqa: E402
 from data import tasks  # noqa: E402
 from data.files import DATA, Tokens  # noqa: E402
-from data.rows import microbatches  # noqa: E402
+from data.rows import microbatches, pad  # noqa: E402
 from data.runs import load_model  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from extras.gpt2 import load_gpt2  # noqa: E402
@@ -268,6 +268,21 @@ def rl(folder):
         f'{dead:.0%} of the groups are dead; learning takes {learning / 10:.2f} s without them, '
         f'{time.perf_counter() - began:.2f} s with them'
     )
+    requests, _ = rl.rollouts(run, task, 12)  # of the model as it is now
+    ratios = torch.cat([ratio(run, rl.example_of(r, 1), r.logprobs) for r in requests])
+    far = (ratios - 1).abs() > rl.clip_ratio
+    print(
+        f'p of a sampled token in learning / in decoding, {str(run.dtype)[6:]}: mean '
+        f'{ratios.mean():.4f}, deviation {ratios.std():.4f}, {far.float().mean():.2%} of '
+        f'{len(ratios):,} beyond 1 +- {rl.clip_ratio}'
+    )
+
+
+def ratio(run, example, logprobs):
+    """-> how much likelier learning finds each token that the model sampled than decoding did"""
+    x, y, _ = pad([example])
+    sampled = torch.tensor([p for p in logprobs if p is not None])
+    return (run.log_probs(run.model, x, y)[y >= 0] - sampled).exp()
 
 
 def demonstrations(*counts):

@@ -25,14 +25,14 @@ from data.tools import calculate  # noqa: E402
 demonstrations = 2000   # worked answers in train.bin
 held_out = 500          # and in val.bin
 difficulty = 2          # digits of the numbers, at most
-in_head = 0.5           # of the easy steps are done without the calculator, as people do
+in_head = 0.5           # share of easy steps done without the calculator, as people do
 out_dir = ''            # where the token files go; '' is beside this file
 
 WORDINGS = json.loads((HERE / 'wordings.json').read_text(encoding='utf-8'))
 NAMES, ITEMS, WORDS, ONSETS, VOWELS, CODAS, WHEN = (WORDINGS[kind] for kind in (
     'names', 'items', 'words', 'onsets', 'vowels', 'codas', 'when'))
-# What a wording does to the number so far is its key: + x, - x, * x, or nothing. NEW has events as
-# no stage tells them.
+# What a wording does to the number so far is its key: + x, - x, * x, or nothing. NEW are events in
+# wordings that only the test's variants have.
 OPENINGS, EVENTS, ENDINGS, NEW, SUMS = (WORDINGS[kind] for kind in (
     'openings', 'events', 'endings', 'new', 'sums'))
 # What it does to the number is all that there is to learn of a verb. The file has 120 for more, for
@@ -78,7 +78,7 @@ def quoted(sentence):
 
 
 def word_problem(rng, digits, events, most):
-    """-> question, steps (quote, call or ''), answer. Numbers stay positive and below 100,000."""
+    """-> question, steps (quote, call or ''), answer. Numbers stay positive."""
     (n, m), i = rng.sample(NAMES, 2), rng.choice(ITEMS)
     sign, text = wording(rng, OPENINGS)
     x, y = number(rng, digits), factor(rng) if sign == '*' else number(rng, digits)
@@ -164,7 +164,7 @@ VARIANTS = {    # for the test alone, of word problems alone
     'longer stories': {'most': 4, 'kinds': ['problem']}}
 
 
-def world():
+def prepared_digits():
     """-> the digits of the world that was prepared here: all its questions are of one difficulty"""
     made = HERE / 'world.json'
     return json.loads(made.read_text())['digits'] if made.exists() else difficulty
@@ -178,7 +178,7 @@ def split_of(question):
 def examples(split='train', seed=0, digits=None, events=EVENTS, most=2, kinds=KINDS):
     """Yields questions of a split without end: {kind, question, parts, answer}, by seed. A word
     problem has at most so many events; kinds: which of them."""
-    rng, digits = random.Random(f'{split} {seed}'), digits or world()
+    rng, digits = random.Random(f'{split} {seed}'), digits or prepared_digits()
     while True:
         made = example(rng, digits, events, most)
         size = len(made['question']) + sum(len(part['text']) + 1 for part in made['parts'])
