@@ -574,12 +574,15 @@ def test_several_bad_steps_in_a_row_stop_with_advice(dataset, tmp_path):
     assert 'not finite: skipped, 5 in a row' in text and 'lower --learning_rate' in text
 
 
-def test_the_card_counts_the_copy_that_rl_compares_with(dataset):
+@pytest.mark.parametrize('dtype, copies', [('float32', 4), ('bfloat16', 4 + 2)])
+def test_the_card_counts_what_rl_compares_with_and_in_bf16_what_answers(dataset, dtype, copies):
     def weights(stage):
-        text = inside('train.py', f'--dataset={dataset}', f'--stage={stage}', '--dry_run=True')
+        text = inside('train.py', f'--dataset={dataset}', f'--stage={stage}', '--dry_run=True',
+                      f'--dtype={dtype}')  # fmt: skip
         return float(re.search(r'GB: ([\d.]+) weights and gradients', text)[1])
 
-    assert weights('sft') > 0.5 and weights('rl') == pytest.approx(1.5 * weights('sft'), rel=0.02)
+    assert weights('sft') > 0.5  # weights and gradients, 8 bytes each parameter
+    assert weights('rl') == pytest.approx((8 + copies) / 8 * weights('sft'), rel=0.02)
 
 
 @pytest.mark.parametrize(
