@@ -157,12 +157,8 @@ class GPT(nn.Module):
         self.config = config
         # GPT-2's names in nanoGPT's order, so that their weights and AdamW's state fit.
         parts = {'wte': nn.Embedding(config.table_rows, config.n_embd)}
-        rope = None
         if config.position == 'learned':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        else:
-            rope = rotary(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer('rope', rope, persistent=False)
         if config.ngrams > 1:
             parts['ngram'] = nn.Embedding(config.ngram_rows, config.n_embd)
         parts['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -173,11 +169,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.table_rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
+        rope = rotary(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer('rope', rope, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal(0, 0.02), but what writes into the residual stream starts at zero or smaller."""
+        """Normal(0, 0.02), but what writes into the residual stream starts at 0 or narrower."""
         zero = ('bias', 'c_proj.weight', 'lm_head.weight') if self.config.zero_init else 'bias'
         for name, p in self.named_parameters():
             if name.endswith(zero):
@@ -212,7 +210,7 @@ class GPT(nn.Module):
             context = Context(positions.clamp(max=most), keys, cache.tail, cache=cache)
             if idx.device.type != 'cpu' or idx.numel() > 1:     # else one query, which sees all
                 context.mask = positions[:, None, :, None] >= keys      # (B, 1, T, S)
-        if self.rope is not None:
+        if self.config.position == 'rope':
             context.rope = self.rope[:, context.positions]
         return context
 
@@ -225,7 +223,7 @@ class GPT(nn.Module):
         -log p(target) over what is in play, so that whoever adds up several batches divides once.
         Decoding: with a cache, each row of idx continues its row of the cache and advances it. Rows
         of different lengths are padded at the right with -1. Logits are (B, 1, V), of each row's
-        last token. Raises ValueError for more than block_size tokens (CPU).
+        last token. More than block_size of them raise ValueError (CPU).
         """
         context = self.make_context(idx, cache)
         x, recent = self.embed(idx, context.tail)

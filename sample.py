@@ -217,7 +217,8 @@ def admit(live, source, cache):
 
 
 def step(model, cache, live, first, last):
-    """Let rows first .. last - 1 read; rows with nothing pending then get a token. Yields them"""
+    """Let rows first .. last - 1 read; rows with nothing pending then get a token. Yields
+    their requests"""
     ready, logits = read_pending(model, cache.part(first, last), live[first:last])
     for row, token, logprob in zip(ready, *draw(logits, ready), strict=True):
         emit(row, token, logprob)
@@ -230,7 +231,7 @@ def step(model, cache, live, first, last):
 
 
 def read_pending(model, cache, live):
-    """One row reads all it has pending, several a token each. -> rows that are done, logits"""
+    """One row reads all it has pending, several a token each. -> rows that have read all, logits"""
     rows = len(cache.pos)       # on a GPU there may be more than live ones: they read padding
     idx = np.full((rows, len(live[0].pending) if rows == 1 else 1), -1)
     ready = []

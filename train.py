@@ -49,7 +49,7 @@ explain = False              # print a batch, token by token (extras/explain.py)
 eval_interval = 2000         # steps between evaluations; at least 1
 eval_iters = 200             # batches, spread over the validation data; 0: all; at least 0
 log_interval = 1             # steps between lines in the log; at least 1
-always_save_checkpoint = True   # at every evaluation; False: only when the score is the best so far
+always_save_checkpoint = True   # at every evaluation; False: at a new best score and at the end
 sample_tokens = 80           # how much text to print at every evaluation; 0: none; at least 0
 wandb_log = False            # log to Weights & Biases too
 wandb_project = 'oneloop'    # its project
@@ -83,7 +83,8 @@ MAX_SKIPS = 5   # this many updates in a row without a finite gradient end the r
 
 @dataclass
 class Stage:
-    """Defines a stage. In a file of stages/ a function stage() returns these as a dict."""
+    """Defines a stage. In a file of stages/ a function stage() returns these as a dict; USES = [rl]
+    there adds the settings of another file."""
     start: object              # run -> batches, evaluate: batches(step) yields (x, y, w), and None
                                # where the weights are updated; evaluate() -> metrics, score
     samples: bool = False      # it learns from what the model itself writes
@@ -253,7 +254,7 @@ def apply_gradient(run, loss, in_play, rate):
 
 
 def log_step(run, losses, norm, seconds, tokens):
-    """Log and print means over the steps since run.seconds and run.tokens were these."""
+    """Log and print means over the steps since run.seconds and run.tokens had these values."""
     seconds, rate = run.seconds - seconds, (run.tokens - tokens) / (run.seconds - seconds)
     left = seconds / len(losses) * (max_iters - run.step) / 60
     if machine := extra('machine'):

@@ -31,7 +31,7 @@ def say(text):
 
 
 def program(main):
-    """Run a script's main(): what is wrong with its input ends it in one line."""
+    """Run a script's main(): bad input ends it with a one-line message."""
     sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
     try:
         main()
@@ -140,8 +140,8 @@ def read_questions(folder, split, seed=0):
     """Yields what was written: those to train on endlessly, shuffled by seed, others in order."""
     known = json.loads((Path(folder) / 'questions.json').read_text(encoding='utf-8'))[split]
     if split != 'train':
-        yield from known
-    for epoch in itertools.count() if split == 'train' else ():
+        return (yield from known)
+    for epoch in itertools.count():
         yield from random.Random(f'{seed} {epoch}').sample(known, len(known))
 
 
@@ -199,7 +199,7 @@ def mixture_of(dataset):
     for part in dataset.split(','):
         name, _, share = part.strip().rpartition(':')
         try:
-            parts[DATA / name if name else DATA / share] = float(share) if name else 1.0
+            parts[DATA / (name or share)] = float(share) if name else 1.0
         except ValueError:
             raise ValueError(f'--dataset={dataset}: a mixture is written a:0.8,b:0.2') from None
     if not all(0 < share <= 1e6 for share in parts.values()):
@@ -249,7 +249,8 @@ def read_metas(parts, check=True):
     metas = {str(folder): read_meta(folder) for folder in parts}
     first = next(iter(metas.values()))
     if check and any(meta['tokenizer'] != first['tokenizer'] for meta in metas.values()):
-        raise ValueError(f'--dataset={",".join(metas)}: these do not have the same tokenizer')
+        names = ','.join(folder.name for folder in parts)
+        raise ValueError(f'--dataset={names}: these do not have the same tokenizer')
     return {**first, 'tokens': sum(m.get('counts', {}).get('train', 0) for m in metas.values()),
             'hashes': {folder: meta.get('sha256', {}) for folder, meta in metas.items()}}
 

@@ -214,14 +214,15 @@ def load_model(source, dropout=0.0):
             if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
         spec = checkpoint.get('tokenizer') or read_meta(
             DATA / checkpoint.get('config', {}).get('dataset', ''))['tokenizer']
-        if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
-            raise ValueError('its characters are in the data folder that it was trained on; put '
-                             'its meta.pkl back there')
-        return model, Tokenizer(spec), checkpoint
+        tokenizer = Tokenizer(spec)
     except (LookupError, TypeError, RuntimeError, ValueError, AttributeError,
             ArithmeticError) as error:
         raise ValueError(f'{path}: damaged, or of another architecture than this model.py '
                          f'({str(error).splitlines()[0]})') from None
+    if spec['kind'] == 'gpt2' and model.config.vocab_size < 50257:
+        raise ValueError(f'{path}: its characters are in the data folder that it was trained on; '
+                         'put its meta.pkl back there')
+    return model, tokenizer, checkpoint
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def gpt2_encoding():
 
 @functools.cache
 def word_encoding(words):
-    """A token for each of these words; all else is its bytes, of other words the letters."""
+    """A token for each of these words; anything else becomes bytes: other words are spelled."""
     import tiktoken
     ranks = {bytes([i]): i for i in range(256)}
     for word in words:      # one that is there twice would leave a gap, where special tokens begin

@@ -46,7 +46,7 @@ def value(node):
 
 
 def calculate(expression):
-    """'48/2' -> '24', '"berry".count("r")' -> '2', all else -> 'error: ...'; always at once."""
+    """'48/2' -> '24', '"berry".count("r")' -> '2', all else -> 'error: ...'; never takes long."""
     if len(expression) > LENGTH:
         return f'error: longer than {LENGTH} characters'
     try:

@@ -92,7 +92,7 @@ def read(body, chat):
     for name, value in given.items():
         kinds, _, *limits = FIELDS[name]
         if type(value) not in kinds:
-            names = ' or '.join(kind.__name__ for kind in kinds)
+            names = ' or '.join(dict.fromkeys(kind.__name__ for kind in kinds))
             raise Refusal(f'{name} must be of type {names}', param=name)
         if type(value) in (int, float) and not limits[0] <= value <= limits[1]:
             raise Refusal(f'{name} must be from {limits[0]} to {limits[1]}', param=name)
@@ -191,23 +191,24 @@ class Endpoint:
         """Of each token under the model itself (temperature 1), in OpenAI's two shapes."""
         ids, first = prompt + written, 0 if echo else len(prompt)
         word, top = self.tokenizer.decode, min(top, self.model.config.vocab_size)
-        tokens, values, best = [], [], []
+        values, best = [], []   # of each token; of the likeliest ones: (id, log-probability)
         for i, row in list(zip(ids, self.scores(ids), strict=True))[first:]:
             likeliest = [] if row is None else row.topk(top)[1].tolist()
-            tokens.append(word([i]))
             values.append(None if row is None else row[i].item())
-            best.append({word([j]): row[j].item() for j in likeliest})
+            best.append([(j, row[j].item()) for j in likeliest])
         if not chat:
-            offsets = list(itertools.accumulate(map(len, tokens), initial=0))[:-1]
-            return {'tokens': tokens, 'token_logprobs': values, 'text_offset': offsets,
-                    'top_logprobs': best}
+            tokens = [word([i]) for i in ids[first:]]
+            return {'tokens': tokens, 'token_logprobs': values,
+                    'text_offset': list(itertools.accumulate(map(len, tokens), initial=0))[:-1],
+                    'top_logprobs': [{word([j]): p for j, p in pairs} for pairs in best]}
 
-        def shaped(token, value):
-            return {'token': token, 'logprob': value, 'bytes': list(token.encode())}
+        def shaped(i, value):
+            return {'token': word([i]), 'logprob': value,
+                    'bytes': list(self.tokenizer.token_bytes(i))}
 
         return {'content': [
-            {**shaped(token, value), 'top_logprobs': [shaped(*pair) for pair in others.items()]}
-            for token, value, others in zip(tokens, values, best, strict=True)]}
+            {**shaped(i, value), 'top_logprobs': [shaped(*pair) for pair in pairs]}
+            for i, value, pairs in zip(ids[first:], values, best, strict=True)]}
 
 
 @dataclass(eq=False)
@@ -276,7 +277,7 @@ class RequestQueue:
             except Exception as error:
                 print(f'decoding failed: {type(error).__name__}: {error}', file=sys.stderr)
                 self.fail_all()
-                time.sleep(0.1)     # if it fails at once and always, let it not spin
+                time.sleep(0.1)     # do not spin if it fails every time
 
     def fail_all(self):
         with self.changed:
@@ -350,7 +351,7 @@ class Completion:
         return {**self.head, 'choices': choices, **usage}
 
     async def whole(self, score):
-        """-> the reply that is no stream. score: async, Endpoint.logprobs"""
+        """-> the non-streaming reply. score: async, Endpoint.logprobs"""
         choices = []
         for i, request in enumerate(self.requests):
             text, logprobs = request.detokenizer.text, None
@@ -512,7 +513,8 @@ def main():
     except OSError as error:
         raise OSError(f'--host={host} --port={port}: {error.strerror or error}; try --port=0'
                       ) from None
-    print(f'http://{host}:{server.server_port}/ (Ctrl-C ends)', flush=True)
+    name = f'[{host}]' if ':' in host else host
+    print(f'http://{name}:{server.server_port}/ (Ctrl-C ends)', flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
 

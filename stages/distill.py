@@ -20,7 +20,7 @@ from data.runs import load_reference
 from data.tasks import tasks_of
 from stages import rl
 
-USES = [rl]                  # on policy, and so are its settings: num_prompts, num_samples ...
+USES = [rl]                  # rl's settings are settings here too: num_prompts, num_samples ...
 
 teacher = ''                 # the run to learn from
 teacher_top = 16             # targets of a token: this many of the teacher's likeliest; at least 1
@@ -40,8 +40,7 @@ def start_on_policy(run):
         requests, _ = rl.rollouts(run, task, step)
         examples = [rl.example_of(request, 1) for request in requests]
         for x, y, _ in microbatches(run, examples):
-            yield x, y, (run.log_probs(guide, x, y)
-                         - run.log_probs(run.model, x, y))
+            yield x, y, run.log_probs(guide, x, y) - run.log_probs(run.model, x, y)
 
     return batches, lambda: rl.evaluate(run, task)
 

@@ -13,7 +13,8 @@ so the loss -sum w * log p / N has the gradient of REINFORCE, with the group's m
 What makes w differ from that line in the code below:
 - a group whose rewards are all equal has w = 0 everywhere: it is left out, and not counted in N;
 - answers of a question that are the very same are read once, with the sum of their weights;
-- from the second update on the same rollouts (updates > 1), w is clipped as in PPO.
+- from the second update on the same rollouts (updates > 1), w is multiplied by p_new / p_old and
+  clipped, as in PPO.
 """
 import copy
 import itertools
@@ -35,7 +36,7 @@ max_new_tokens = 120         # tokens in an answer; at least 1
 rollout_rows = 64            # answers that are decoded side by side; at least 1
 updates = 1                  # of the weights for each rollout; at least 1
 clip_ratio = 0.2             # PPO's: how far p_new / p_old may move from 1; at least 0
-divide_by_deviation = False  # of a group, as GRPO: easy, hard ones gain weight (arXiv:2503.20783)
+divide_by_deviation = False  # as GRPO; gives very easy and very hard questions more weight
 eval_examples = 200          # held-out questions, answered greedily; at least 1
 
 
@@ -139,8 +140,7 @@ def kl_estimate(run, reference, requests):
     """How far the policy is from the reference: log p - log p_reference, mean over its samples."""
     total = torch.zeros(2)
     for x, y, _ in microbatches(run, [example_of(request, 1) for request in requests]):
-        log_ratio = (run.log_probs(run.model, x, y)
-                     - run.log_probs(reference, x, y))
+        log_ratio = run.log_probs(run.model, x, y) - run.log_probs(reference, x, y)
         total += torch.tensor([log_ratio.sum().item(), (y >= 0).sum()])
     return (total[0] / total[1]).item()
 

@@ -166,6 +166,15 @@ def test_a_harness_can_score_a_text(client, model):
     assert all(len(token.top_logprobs) == 2 for token in said.choices[0].logprobs.content)
 
 
+def test_scores_of_parts_of_a_character_keep_their_bytes():
+    words = Tokenizer.of_words('to be')
+    known = Endpoint(tiny(vocab_size=words.vocab_size), words, {'lineage': []}, 'x')
+    ids = words.encode('\u00e9 to')  # two tokens for a letter of two bytes
+    content = known.logprobs(words.begin, ids, False, 5, chat=True)['content']
+    assert [bytes(token['bytes']) for token in content] == [b'\xc3', b'\xa9', b' to']
+    assert all(len(token['top_logprobs']) == 5 for token in content)
+
+
 def test_a_model_that_was_never_taught_completes_the_text(model):
     with start(model, {'lineage': [{'stage': 'pretrain'}]}) as server:
         body = {'messages': [{'role': 'user', 'content': 'to be'}], 'temperature': 0}
