@@ -59,20 +59,22 @@ def calculate(expression):
         return f'error: {error}'
     except (SyntaxError, MemoryError, RecursionError):
         return 'error: not an expression'
-    with localcontext(Context(prec=3 * DIGITS)):
-        exact = Decimal(result.numerator) / result.denominator
-        if Fraction(exact) != result:     # its digits never end
-            exact = exact.normalize(Context(prec=10))
-        return f'{exact.normalize():f}'
+    with localcontext(Context(prec=5 * DIGITS)):
+        decimal = Decimal(result.numerator) / result.denominator
+        if 10 ** 100 * result.numerator % result.denominator:
+            # Its digits never end: ten after the point, or if it is below 1, ten in all.
+            decimal = round(decimal, max(10, 9 - decimal.adjusted()))
+        return f'{decimal.normalize():f}'
 
 
 def calls_in(text):
     """What people saw of an answer -> its parts for Tokenizer.render, the calls as calls again."""
     parts, told = [], 0
-    for found in re.finditer(r'\[([^][]+) = ([^][]+)\]', text):
-        if calculate(found[1]) == found[2]:
+    for found in re.finditer(r'\[([^][]+)\]', text):
+        call, _, result = found[1].rpartition(' = ')
+        if call and calculate(call) == result:
             parts += [{'type': 'text', 'text': text[told:found.start()]},
-                      {'type': 'call', 'text': found[1]}, {'type': 'result', 'text': found[2]}]
+                      {'type': 'call', 'text': call}, {'type': 'result', 'text': result}]
             told = found.end()
     return [*parts, {'type': 'text', 'text': text[told:]}]
 

@@ -28,7 +28,11 @@ from data.tools import calculate, calculator, calls_in
         ('(7//2)/(5//2)', '1.5'),
         ('(7//2)**-1*3', '1'),
         ('12345678901/2', '6172839450.5'),
-        ('10**28/3', '3333333333000000000000000000'),
+        ('10**28/3', '3' * 28 + '.3333333333'),
+        ('10**12/7', '142857142857.1428571429'),
+        ('2/3', '0.6666666667'),
+        ('1/300', '0.003333333333'),
+        ('1/2**20', '0.00000095367431640625'),
         ('1/8**3', '0.001953125'),
         ('-7//2', '-4'),
         ('"strawberry".count("r")', '3'),
@@ -52,6 +56,34 @@ def test_it_agrees_with_exact_arithmetic():
         exact = eval(''.join(f'Fraction({t})' if t.isdigit() else t for t in parts))
         got = Fraction(calculate(text))
         assert abs(got - exact) <= abs(exact) * Fraction(1, 10**9), text
+
+
+def test_a_quotient_is_exact_if_its_digits_end_and_else_rounded_at_the_tenth():
+    rng = random.Random(1)
+    pairs = [(p, q) for p in range(1, 60) for q in range(1, 60)]
+    pairs += [(rng.randrange(10 ** rng.randint(1, 29)), rng.randrange(1, 10 ** rng.randint(1, 29)))
+              for _ in range(3000)]  # fmt: skip
+    for p, q in pairs:
+        exact, text = Fraction(p, q), calculate(f'{p}/{q}')
+        ends = exact.denominator
+        for prime in 2, 5:
+            while ends % prime == 0:
+                ends //= prime
+        if ends == 1:
+            assert Fraction(text) == exact
+        else:
+            digits = text.partition('.')[2] if exact > 1 else text.lstrip('0.')
+            unit = Fraction(1, 10 ** len(text.partition('.')[2]))
+            assert len(digits) <= 10 and abs(Fraction(text) - exact) <= max(
+                unit / 2, Fraction(1, 2 * 10**10) * min(exact, 1)), text  # fmt: skip
+
+
+def test_calls_are_found_in_linear_time_in_a_long_text():
+    for text in '[1+1 = 2]', '[' + 'a = ' * 25_000, '[' * 100_000, '[a = b]' * 15_000:
+        began = time.perf_counter()
+        parts = calls_in(text)
+        assert ''.join(part['text'] for part in parts if part['type'] == 'text') in (text, '')
+        assert time.perf_counter() - began < 2  # it took 11 s; no benchmark: a bound of safety
 
 
 @pytest.mark.parametrize(
