@@ -1,8 +1,8 @@
 """Settings, and what `auto` means here.
 
-A script's settings are the names assigned above its first function, a dataclass's its fields. The
-comment behind each is its help, and its range if it ends in "at least 1" or "from 0 to 1". Config
-files (Python) and --key=value are laid over them from left to right; the last one wins.
+A script's settings are the names assigned above its first function or class; a dataclass's are its
+fields. The comment behind each is its help, and its range if it ends in "at least 1" or "from 0 to
+1". Config files (Python) and --key=value are laid over them from left to right; the last one wins.
 """
 import ast
 import difflib

@@ -223,7 +223,7 @@ class GPT(nn.Module):
         -log p(target) over what is in play, so that whoever adds up several batches divides once.
         Decoding: with a cache, each row of idx continues its row of the cache and advances it. Rows
         of different lengths are padded at the right with -1. Logits are (B, 1, V), of each row's
-        last token. More than block_size of them raise ValueError (CPU).
+        last token. A row of more than block_size tokens raises ValueError on a CPU.
         """
         context = self.make_context(idx, cache)
         x, recent = self.embed(idx, context.tail)

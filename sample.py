@@ -198,8 +198,9 @@ def decode(model, requests, rows):
         for i, row in enumerate(live):
             if row.held == 0:
                 share_context(live, i, cache)
-            while row.held == 0 and len(row.pending) > 1:   # read in one pass; if that fills the
-                yield from step(model, cache, live, i, i + 1)       # window, so is its later half
+            # A context is read in one pass; if a token then fills it, its later half is read too.
+            while row.held == 0 and len(row.pending) > 1:
+                yield from step(model, cache, live, i, i + 1)
         if any(row.pending for row in live):
             yield from step(model, cache, live, 0, len(live) if cache.kv.is_cpu else rows)
 
@@ -231,7 +232,8 @@ def step(model, cache, live, first, last):
 
 
 def read_pending(model, cache, live):
-    """One row reads all it has pending, several a token each. -> rows that have read all, logits"""
+    """A single row reads all its pending ids; of several rows, each reads one.
+    -> rows that have read all, their logits"""
     rows = len(cache.pos)       # on a GPU there may be more than live ones: they read padding
     idx = np.full((rows, len(live[0].pending) if rows == 1 else 1), -1)
     ready = []

@@ -85,8 +85,8 @@ MAX_SKIPS = 5   # this many updates in a row without a finite gradient end the r
 class Stage:
     """Defines a stage. In a file of stages/ a function stage() returns these as a dict; USES = [rl]
     there adds the settings of another file."""
-    start: object              # run -> batches, evaluate: batches(step) yields (x, y, w), and None
-                               # where the weights are updated; evaluate() -> metrics, score
+    start: object              # run -> batches, evaluate. batches(step) yields (x, y, w), and None
+                               # between several updates; evaluate() -> metrics, score (low: good)
     samples: bool = False      # it learns from what the model itself writes
     reference: bool = False    # it keeps a second model, frozen, to compare with
 

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
+from data.tokenizer import check_spec
 
 DATA = Path(__file__).parent
 
@@ -167,13 +168,25 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f'refused: it wants to load {module}.{name}')
 
 
+META = {    # what each part of meta.json must be
+    'dtype': lambda dtype: dtype in ('uint16', 'uint32'),   # others read anything into memory
+    'vocab_size': lambda size: type(size) is int and 0 < size <= 2 ** 32,
+    'tokenizer': lambda spec: check_spec(spec) is None,
+    'counts': lambda counts: type(counts) is dict and all(type(n) is int for n in counts.values()),
+    'sha256': lambda sums: type(sums) is dict and all(type(s) is str for s in sums.values())}
+
+
 def read_meta(folder):
     """-> meta of a data set; for a nanoGPT folder, what its meta.pkl or its absence implies."""
     folder = Path(folder)
     if (folder / 'meta.json').exists():
         try:
-            return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        except ValueError as error:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            wrong = [name for name, test in META.items() if not test(meta.get(name, {}))]
+            if wrong:
+                raise ValueError(f'its {" and ".join(wrong)}')
+            return meta
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f'{folder}/meta.json: damaged ({error}); prepare it again') from None
     if (folder / 'meta.pkl').exists():
         with open(folder / 'meta.pkl', 'rb') as file:
@@ -247,6 +260,10 @@ def read_metas(parts, check=True):
     """-> the meta of the data sets in parts together: tokens in train, hashes by folder, and the
     first one's tokenizer, which must be that of all (ValueError)"""
     metas = {str(folder): read_meta(folder) for folder in parts}
+    for folder, meta in metas.items():
+        if 'counts' not in meta and Path(folder, 'train.bin').exists():
+            say(f'{folder}: no meta.json, so uint16 tokens of {meta["tokenizer"]["kind"]} kind are '
+                f'assumed, {meta["vocab_size"]} of them')
     first = next(iter(metas.values()))
     if check and any(meta['tokenizer'] != first['tokenizer'] for meta in metas.values()):
         names = ','.join(folder.name for folder in parts)
@@ -287,11 +304,19 @@ class Tokens:
         for path in self.paths:
             if path.stat().st_size % self.dtype.itemsize:
                 raise ValueError(f'{path}: cut in the middle of a token; prepare it again')
+            start = np.fromfile(path, np.uint16, 1000)
+            if 'counts' not in self.meta and start[::2].any() and not start[1::2].any():
+                raise ValueError(f'{path}: looks like uint32 tokens; without a meta.json uint16 '
+                                 'is assumed')
         sizes = {path: path.stat().st_size // self.dtype.itemsize for path in self.paths}
         self.paths = [path for path in self.paths if sizes[path] >= length]
         if not self.paths:
             raise ValueError(f'{folder}: {max(sizes.values())} tokens in {split} are too few for a '
                              f'row of {length - 1}; make --block_size smaller or the text longer')
+        known = self.meta.get('counts', {}).get(split, sum(sizes.values()))
+        if known != sum(sizes.values()):
+            raise ValueError(f'{folder}: {split} has {sum(sizes.values()):,} tokens, {known:,} by '
+                             'its meta.json: a file is cut or not its own; prepare it again')
         self.sizes = np.array([sizes[path] for path in self.paths])
         self.starts = np.concatenate(([0], np.cumsum(self.sizes)))
 

@@ -134,6 +134,8 @@ class Conversations:
         self.in_play = np.memmap(path.with_suffix('.mask.bin'), np.uint8, 'r')
         if len(ids) != len(self.in_play):
             raise ValueError(f'{path}: not as long as its mask; prepare it again')
+        if not self.in_play[:].any():
+            raise ValueError(f'{path}: nothing is in play by its mask; prepare it again')
         begins = np.flatnonzero((ids == ids[0]) & (self.in_play[:] == 0))
         self.spans = np.stack((begins, np.append(begins[1:], len(ids))), 1)
         self.truncated = int((self.spans[:, 1] - self.spans[:, 0] > length).sum())

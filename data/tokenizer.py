@@ -17,6 +17,20 @@ SPECIAL = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|call|>
            '<|end|>']
 
 
+SPECS = {'char': {'chars': str, 'special': list}, 'gpt2': {}, 'words': {'words': list}}
+
+
+def check_spec(spec):
+    """Raises ValueError unless spec describes a tokenizer, as above."""
+    parts = SPECS.get(str(spec.get('kind'))) if isinstance(spec, dict) else None
+    if parts is None:
+        raise ValueError(f'a tokenizer of an unknown kind: not {", ".join(SPECS)}')
+    for name, kind in parts.items():
+        value = spec.get(name)
+        if type(value) is not kind or not all(type(text) is str for text in value):
+            raise ValueError(f'a {spec["kind"]} tokenizer whose {name} are damaged')
+
+
 @functools.cache
 def gpt2_encoding():
     """GPT-2's byte pairs, with the chat tokens in ids 50257 and up, where its table is padding."""
@@ -48,20 +62,19 @@ def word_encoding(words):
 class Tokenizer:
 
     def __init__(self, spec):
+        check_spec(spec)
         self.spec = spec
-        if spec['kind'] in ('gpt2', 'words'):
+        if spec['kind'] != 'char':
             self.bpe = (gpt2_encoding() if spec['kind'] == 'gpt2' else
                         word_encoding(tuple(spec['words'])))
             self.vocab_size = self.bpe.n_vocab
             self.special = {name: self.bpe.encode_single_token(name) for name in SPECIAL}
-        elif spec['kind'] == 'char':
+        else:
             self.bpe = None
             self.chars = {c: i for i, c in enumerate(spec['chars'])}
             self.special = {name: len(self.chars) + i for i, name in enumerate(spec['special'])}
             self.vocab_size = len(self.chars) + len(self.special)
             self.names = list(spec['chars']) + spec['special']
-        else:
-            raise ValueError(f'unknown tokenizer kind {spec["kind"]!r}: not char, gpt2 or words')
 
     @classmethod
     def of_text(cls, text):

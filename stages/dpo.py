@@ -75,6 +75,11 @@ def read_pairs(run, split):
     if len(found.spans) % 2:
         raise ValueError(f'--dataset={run.config["dataset"]}: pairs come in twos, and the number '
                          f'of conversations in {split} is odd')
+    for pair in range(len(found.spans) // 2):
+        prompts = [ids[:mask.argmax()].tolist() for ids, mask, _ in texts(found, [pair])]
+        if prompts[0] != prompts[1]:
+            raise ValueError(f'--dataset={run.config["dataset"]}: the two conversations of pair '
+                             f'{pair} in {split} do not begin alike: these are no pairs')
     return found
 
 

@@ -13,8 +13,8 @@ so the loss -sum w * log p / N has the gradient of REINFORCE, with the group's m
 What makes w differ from that line in the code below:
 - a group whose rewards are all equal has w = 0 everywhere: it is left out, and not counted in N;
 - answers of a question that are the very same are read once, with the sum of their weights;
-- from the second update on the same rollouts (updates > 1), w is multiplied by p_new / p_old and
-  clipped, as in PPO.
+- in the second and later updates on the same rollouts (updates > 1), w is multiplied by
+  p_new / p_old and clipped, as in PPO.
 """
 import copy
 import itertools
@@ -93,8 +93,8 @@ def rollouts(run, task, step):
 
 def policy(run):
     """The model as it answers: a copy in this run's precision, so that its KV cache is in that
-    precision too. Learning keeps fp32 weights and uses autocast. In bf16 the two find probabilities
-    of a sampled token whose ratio is 1.0000 +- 0.0071 (python tests/bench.py rl)."""
+    precision too. Learning keeps fp32 weights and uses autocast. In bf16 the probabilities that the
+    two give a sampled token have a ratio of 1.0000 +- 0.0071 (python tests/bench.py rl)."""
     return run.model if run.dtype == torch.float32 else copy.deepcopy(run.model).to(run.dtype)
 
 

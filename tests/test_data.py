@@ -121,6 +121,61 @@ def test_a_damaged_token_file_is_named(tmp_path, content, words):
         Tokens(tmp_path, 'train', length=4).windows(np.array([0]), 4)
 
 
+META = {
+    'dtype': 'uint16',
+    'vocab_size': 5,
+    'tokenizer': {'kind': 'char', 'chars': 'abcde', 'special': []},
+    'counts': {'train': 9},
+    'sha256': {},
+}
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        (json.dumps({**META, **change}), words)
+        for change, words in [
+            ({'dtype': 'object'}, 'its dtype'),  # np.memmap would follow pointers from the file
+            ({'dtype': 'float32'}, 'its dtype'),
+            ({'dtype': ['uint16']}, 'its dtype'),
+            ({'vocab_size': -1}, 'its vocab_size'),
+            ({'vocab_size': '5'}, 'its vocab_size'),
+            ({'vocab_size': True}, 'its vocab_size'),
+            ({'tokenizer': None}, 'a tokenizer of an unknown kind'),
+            ({'tokenizer': {'kind': []}}, 'a tokenizer of an unknown kind'),
+            ({'tokenizer': {'kind': 'char', 'chars': 3, 'special': []}}, 'whose chars'),
+            ({'tokenizer': {'kind': 'words', 'words': [1]}}, 'whose words'),
+            ({'counts': {'train': '9'}}, 'its counts'),
+            ({'counts': []}, 'its counts'),
+            ({'sha256': {'train': 3}}, 'its sha256'),
+            ({'counts': 3, 'dtype': 0}, 'its dtype and counts'),
+        ]
+    ]
+    + [(text, 'damaged') for text in ('', '[]', 'null', '3', '{}', '"x"', '[' * 100_000, '{"a":')],
+    ids=lambda text: text[:60],
+)
+def test_every_part_of_meta_json_is_checked(tmp_path, text, words):
+    (tmp_path / 'train.bin').write_bytes(bytes(18))
+    (tmp_path / 'meta.json').write_text(json.dumps(META))
+    assert len(Tokens(tmp_path, 'train')) == 9
+    (tmp_path / 'meta.json').write_text(text)
+    with pytest.raises(ValueError, match=f'meta.json: damaged.*{words}|meta.json: {words}'):
+        Tokens(tmp_path, 'train')
+
+
+def test_a_file_cut_by_whole_tokens_is_named(tmp_path):
+    (tmp_path / 'meta.json').write_text(json.dumps(META))
+    (tmp_path / 'train.bin').write_bytes(bytes(16))
+    with pytest.raises(ValueError, match='train has 8 tokens, 9 by its meta.json'):
+        Tokens(tmp_path, 'train')
+
+
+def test_uint32_tokens_without_a_meta_json_are_not_read_as_uint16(tmp_path):
+    np.arange(1, 100, dtype=np.uint32).tofile(tmp_path / 'train.bin')
+    with pytest.raises(ValueError, match='looks like uint32'):
+        Tokens(tmp_path, 'train')
+
+
 def test_a_nanogpt_folder_is_read_as_it_is(tmp_path):
     np.array([1, 2, 50256], dtype=np.uint16).tofile(tmp_path / 'train.bin')
     assert read_meta(tmp_path)['tokenizer'] == {'kind': 'gpt2'}

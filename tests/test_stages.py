@@ -574,6 +574,22 @@ def test_a_task_is_one_data_set(tmp_path):
         dpo.read_pairs(run, 'train')
 
 
+def test_conversations_that_are_no_pairs_are_refused_by_dpo(tmp_path):
+    write_conversations(tmp_path, LETTERS, 'no pairs', train=conversations(8, 5))
+    run = run_for(tmp_path)
+    run.config['block_size'] = 64
+    with pytest.raises(ValueError, match='pair 0 in train do not begin alike'):
+        dpo.read_pairs(run, 'train')
+
+
+def test_a_mask_with_nothing_in_play_is_refused(tmp_path):
+    folder = pairs_folder(tmp_path / 'pairs')
+    mask = folder / 'train.mask.bin'
+    mask.write_bytes(bytes(mask.stat().st_size))
+    with pytest.raises(ValueError, match='nothing is in play by its mask'):
+        Conversations(folder, 'train', 65)
+
+
 def test_data_sets_of_other_tokenizers_do_not_mix(talks, dataset, tmp_path):
     text = inside('train.py', *TINY, f'--dataset={talks}:1,{dataset}:1', '--max_iters=1',
                   f'--out_dir={tmp_path}/out', ok=False)  # fmt: skip

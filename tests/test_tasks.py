@@ -288,6 +288,10 @@ def test_gsm8k_calls_the_calculator_where_it_agrees(gsm8k, bpe):
     assert mask[at] == 1 and not mask[at + 1 : at + 1 + len(result)].any()
 
 
+def test_gsm8k_rewards_no_answer_where_neither_has_a_number(gsm8k):
+    assert gsm8k.reward({'answer': 'no mark'}, 'nor here') == 0.0
+
+
 def test_gsm8k_rewards_the_number_and_goes_on_without_end(gsm8k):
     first, second, third = gsm8k.examples('test')
     for example, good, bad in [

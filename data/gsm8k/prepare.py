@@ -55,7 +55,7 @@ def conversation(example):
 
 def reward(example, answer):
     """1.0 if the number behind the last #### is right, else 0.0."""
-    return float(final(answer) == final(example['answer']))
+    return float(final(answer) is not None and final(answer) == final(example['answer']))
 
 
 def prepare(source='', folder=HERE):
