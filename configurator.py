@@ -8,6 +8,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import re
 import sys
 import timeit
@@ -17,6 +18,9 @@ from pathlib import Path
 import torch
 
 KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str}
+MEANT = {   # what users of other programs type
+    'lr': 'learning_rate', 'epochs': 'max_iters', 'steps': 'max_iters', 'batch': 'batch_size',
+    'context': 'block_size', 'layers': 'n_layer', 'heads': 'n_head', 'schedule': 'lr_schedule'}
 WORDS = {'true': True, '1': True, 'false': False, '0': False, 'none': None}
 
 
@@ -56,7 +60,8 @@ def coerce(value, kind):
     if kind is str and isinstance(value, str):
         return value
     number = float(value)       # 1e3 is as good an int as 1000; 0.5 is not
-    if bool in (kind, type(value)) or kind is str or number != number or kind is int and number % 1:
+    if (kind is str or bool in (kind, type(value)) or not math.isfinite(number)
+            or kind is int and number % 1):
         raise ValueError(value)
     return int(value) if kind is int and str(value).lstrip('+-').isdigit() else kind(number)
 
@@ -98,10 +103,10 @@ def apply_layers(layers, sources):
         except (TypeError, ValueError, OverflowError):
             problems.append(f'{layer}: {name}={value!r} is not of type {kind.__name__}')
         if kind is None:
-            near = [f'did you mean {near}?' for near in difflib.get_close_matches(name, settings)]
+            near = difflib.get_close_matches(MEANT.get(name, name), settings)
             moved = sources[0].get('MOVED', {}).get(name)   # where a former setting is now
-            problems.append(f'{layer}: {name}: no such setting; '
-                            f'{moved or [*near, "see --help"][0]}')
+            advice = moved or (f'did you mean {near[0]}?' if near else 'see --help')
+            problems.append(f'{layer}: {name}: no such setting; {advice}')
     return values, problems
 
 

@@ -11,13 +11,12 @@ import copy
 import sys
 import time
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import auto_device, auto_dtype, configure
-from data.files import extra, program
+from data.files import extra, program, read_text
 from data.runs import load_model
 from data.tokenizer import Detokenizer
 
@@ -312,7 +311,7 @@ def open_model(source, device='auto', dtype='auto', quantize=''):
 
 def read_prompt(tokenizer, model):
     """-> the text of --start, and its ids"""
-    text = Path(start[5:]).read_text(encoding='utf-8') if start.startswith('FILE:') else start
+    text = read_text(start[5:]) if start.startswith('FILE:') else start
     prompt = tokenizer.encode(text, special=['<|endoftext|>']) or tokenizer.begin
     if len(prompt) > model.config.block_size:
         print(f'the prompt has {len(prompt)} tokens; the model sees the last '

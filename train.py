@@ -63,14 +63,14 @@ learning_rate = 6e-4         # AdamW's peak; at least 1e-9
 muon_lr = 0.0                # Muon's peak, on the layers' matrices; 0: AdamW alone; at least 0
 max_iters = 600000           # steps; at least 1
 weight_decay = 1e-1          # on matrices and tables; at least 0
-beta1 = 0.9                  # AdamW's
-beta2 = 0.95                 # AdamW's
+beta1 = 0.9                  # AdamW's; from 0 to 0.9999
+beta2 = 0.95                 # AdamW's; from 0 to 0.9999
 grad_clip = 1.0              # largest norm of the gradient; 0: no limit; at least 0
 decay_lr = True              # follow the schedule below; False: a constant rate
 lr_schedule = 'cosine'       # the shape of the decay: cosine or linear
 warmup_iters = 2000          # steps of linear warm-up; at least 0
-lr_decay_iters = 0           # where the decay ends; 0: at max_iters
-min_lr = 6e-5                # the rate there, for AdamW; Muon falls by the same factor
+lr_decay_iters = 0           # where the decay ends; 0: at max_iters; at least 0
+min_lr = 6e-5                # AdamW's rate there; Muon's falls by the same factor; at least 0
 warmdown = 0.5               # share of the steps over which a linear one falls; from 1e-6 to 1
 # the machine
 device = 'auto'              # cuda, cuda:1, mps or cpu
@@ -83,8 +83,7 @@ MAX_SKIPS = 5   # this many updates in a row without a finite gradient end the r
 
 @dataclass
 class Stage:
-    """Defines a stage. In a file of stages/ a function stage() returns these as a dict; USES = [rl]
-    there adds the settings of another file."""
+    """Defines a stage. In a file of stages/ a function stage() returns these as a dict."""
     start: object              # run -> batches, evaluate. batches(step) yields (x, y, w), and None
                                # between several updates; evaluate() -> metrics, score (low: good)
     samples: bool = False      # it learns from what the model itself writes
@@ -175,7 +174,7 @@ def loop(run, batches, evaluate):
         if run.skipped:
             say(f'step {run.step}: loss {loss} or its gradient is not finite: skipped, '
                 f'{run.skipped} in a row')
-        if run.skipped >= MAX_SKIPS:
+        if run.skipped >= MAX_SKIPS or run.skipped and run.step == max_iters:
             raise ValueError(f'{run.skipped} updates in a row not finite: lower --learning_rate '
                              'and --muon_lr; out_dir has the last good checkpoint, if any')
         if run.step % log_interval == 0:
@@ -263,7 +262,8 @@ def log_step(run, losses, norm, seconds, tokens):
     run.notes, names = {}, list(run.notes)
     notes = dict(zip(names, all_sum(means / run.world), strict=True))
     loss = float(np.mean(losses))
-    runs.log(run, loss=loss, norm=norm, tokens_per_second=rate, **notes)
+    runs.log(run, loss=loss, norm=norm, lr=learning_rate * schedule(run.step - 1),
+             tokens_per_second=rate, **notes)
     say(f'step {run.step}: loss {loss:.4f}, {1e3 * seconds / len(losses):.0f} ms, '
         f'{rate:,.0f} tokens/s' + ''.join(f', {name} {value:.3g}' for name, value in notes.items())
         + f', {left:.1f} minutes left')
@@ -332,16 +332,16 @@ def join_processes():
     return rank, world, local_rank, where, precision
 
 
-def make_run(config):
+def make_run(config, origin):
     """-> the Run, and the checkpoint that it resumes ({}: a new one)"""
     module = find_stage(config)
     kind = Stage(**module.stage()) if module else Stage(read_rows)
     runs.check(config, kind, SCHEDULES)
     rank, world, local_rank, where, precision = join_processes()
-    runs.choose_data(config, local_rank)
+    runs.choose_data(config, origin, local_rank)
     data = mixture_of(config['dataset'])
     meta = read_metas(data, check=not dry_run)
-    model, checkpoint = runs.make_model(config, meta)
+    model, checkpoint = runs.make_model(config, origin, meta)
     resumed = init_from == 'resume' and bool(checkpoint)
     if resumed and dtype == 'auto':     # measured when it began; a busy machine may differ
         precision = getattr(torch, checkpoint['config'].get('dtype', 'auto'), precision)
@@ -371,7 +371,7 @@ def make_run(config):
 def main():
     config, origin = configure(globals(), others=other_settings)
     try:
-        run, checkpoint = make_run(config)
+        run, checkpoint = make_run(config, origin)
         if card := extra('card'):
             card.show(run, origin)
         if dry_run:

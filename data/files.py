@@ -74,6 +74,16 @@ def download(urls, path, sha256, timeout=30):
     raise ConnectionError(f'cannot download {Path(path).name}: ' + '; '.join(problems))
 
 
+def read_text(path):
+    """-> the text of a file, without a byte-order mark. ValueError: where it is not UTF-8"""
+    if not Path(path).is_file():    # a device, such as /dev/zero, might never end
+        raise FileNotFoundError(f'{path}: No such file')
+    try:
+        return Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not UTF-8 at byte {error.start:,}; convert it first') from None
+
+
 def write(path, content):
     """Write bytes, or let content(file) write, under a temporary name; flush, rename: path is never
     half-written."""
@@ -207,12 +217,14 @@ def is_ready(folder):
 
 
 def mixture_of(dataset):
-    """'a:0.8,b:0.2' -> {data/a: 0.8, data/b: 0.2}, 'a' -> {data/a: 1.0}. ValueError if neither."""
+    """'a:0.8,b:0.2' -> {data/a: 0.8, data/b: 0.2}, 'a' -> {data/a: 1.0}; a folder that exists is
+    that folder, whatever its name. ValueError if it is none of these."""
     parts = {}
-    for part in dataset.split(','):
+    for part in [dataset] if DATA.joinpath(dataset).is_dir() else dataset.split(','):
         name, _, share = part.strip().rpartition(':')
+        alone = not name or DATA.joinpath(part).is_dir()
         try:
-            parts[DATA / (name or share)] = float(share) if name else 1.0
+            parts[DATA / (part.strip() if alone else name)] = 1.0 if alone else float(share)
         except ValueError:
             raise ValueError(f'--dataset={dataset}: a mixture is written a:0.8,b:0.2') from None
     if not all(0 < share <= 1e6 for share in parts.values()):
@@ -220,40 +232,35 @@ def mixture_of(dataset):
     return parts
 
 
-def find_data(names, prepare=True):
+def find_data(dataset, prepare=True):
     """
-    Prepare the first of these data sets (or mixtures) that can be had, if it is not there yet and
-    small; large ones are prepared by hand. -> its name, what is wrong with those before it.
-    ValueError if there is none; without prepare the first one's name then.
+    Prepare the data sets of a mixture that are not there yet and small; large ones are prepared by
+    hand. ValueError or OSError says what is wrong, ConnectionError that one cannot be downloaded.
     """
-    problems = []
-    for name in names:
-        wrong = [problem for folder in mixture_of(name) if (problem := missing(folder, prepare))]
-        if not wrong:
-            return name, problems
-        problems += wrong
-    if prepare:
-        raise ValueError('; '.join(problems))
-    return names[0], problems
+    for folder in mixture_of(dataset):
+        why = missing(folder)
+        script = script_of(folder) if why and prepare else None
+        if hasattr(script, 'prepare'):
+            try:
+                script.prepare()
+            except KeyError as error:
+                raise ValueError(f'data/{folder.name}: the source has no column {error}') from None
+        elif why:
+            raise ConnectionError(why) if not prepare else ValueError(why)
 
 
-def missing(folder, prepare):
-    """-> what is wrong with a data set, after an attempt to prepare it; '' if it can be read"""
+def missing(folder):
+    """-> how to prepare a data set that is not; '' if it can be read. ValueError: there is none"""
     if not folder.is_dir():
         known = ' '.join(sorted(path.parent.name for path in DATA.glob('*/prepare.py')))
         raise ValueError(f'--dataset={folder.name}: there is no data/{folder.name}; '
                          f'there are: {known}')
     if is_ready(folder):
         return ''
-    script = load_script(folder) if (folder / 'prepare.py').exists() else None
+    script = script_of(folder)
     run = f'run python data/{folder.name}/prepare.py' if script else 'it has no prepare.py'
-    why = f'run {script.COMMAND}' if hasattr(script, 'COMMAND') else run    # which writes it
-    if prepare and hasattr(script, 'prepare'):
-        try:
-            script.prepare()
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error)
-    return '' if is_ready(folder) else f'data/{folder.name}: not prepared; {why}'
+    command = getattr(script, 'COMMAND', '')      # which writes it
+    return f'data/{folder.name}: not prepared; {f"run {command}" if command else run}'
 
 
 def read_metas(parts, check=True):
@@ -278,8 +285,10 @@ def extra(name):
     return importlib.import_module(f'extras.{name}') if known else None
 
 
-def load_script(folder):
-    """-> the module folder/prepare.py"""
+def script_of(folder):
+    """-> the module folder/prepare.py, None if there is none"""
+    if not (folder / 'prepare.py').exists():
+        return None
     spec = importlib.util.spec_from_file_location(f'data.{folder.name}.prepare',
                                                   folder / 'prepare.py')
     module = importlib.util.module_from_spec(spec)

@@ -10,13 +10,14 @@ import os
 import pickle
 import shlex
 import sys
+import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data.files import DATA, find_data, read_meta, say, write
+from data.files import DATA, find_data, missing, mixture_of, read_meta, say, write
 from data.rows import TEXT_STAGES, all_sum
 from data.tokenizer import Tokenizer
 from model import GPT, GPT2, GPTConfig
@@ -49,6 +50,10 @@ def check(config, stage, schedules):
     if config['dropout'] and (stage.reference or stage.samples):
         raise ValueError(f'--dropout={config["dropout"]}: must be 0 in stage {config["stage"]}, '
                          'whose weights w come from what the whole model says')
+    if Path(config['out_dir']).resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f'--out_dir={config["out_dir"]}: a run needs a folder of its own')
+    if config['wandb_log']:
+        import wandb  # noqa: F401  so that a missing one is said before anything is done
     writes = not (config['eval_only'] or config['dry_run'])
     for name in 'init_from', 'teacher':
         source = config.get(name) or 'scratch'
@@ -58,25 +63,31 @@ def check(config, stage, schedules):
                              'choose another')
 
 
-def choose_data(config, local_rank):
+def choose_data(config, origin, local_rank):
     """
-    Prepare dataset, or fallback_dataset if that cannot be had, with a warning. The first
-    process of a machine does; the others wait. Changes dataset and out_dir in config
+    Prepare dataset or, if that is the choice of the same layer and cannot be downloaded,
+    fallback_dataset, with a warning. The first process of a machine does; the others wait.
+    origin: {setting: the layer that set it}. Changes dataset and out_dir in config
     """
-    names, dry_run = [config['dataset'], config['fallback_dataset']], config['dry_run']
+    dataset, fallback = config['dataset'], config['fallback_dataset']
+    if config['dry_run']:
+        for why in filter(None, map(missing, mixture_of(dataset))):
+            say(f"{why}; GPT-2's vocabulary is assumed")
+        return
     if local_rank and dist.is_initialized():
         dist.barrier()
-    dataset, problems = find_data([name for name in names if name], not (dry_run or local_rank))
+    try:
+        find_data(dataset, prepare=not local_rank)
+    except ConnectionError as error:
+        if not fallback or origin.get('dataset') != origin.get('fallback_dataset'):
+            raise
+        find_data(fallback, prepare=not local_rank)
+        out_dir = config['out_dir'].replace(dataset.replace('_', '-'), fallback.replace('_', '-'))
+        config.update(dataset=fallback, out_dir=out_dir)
+        say(f'{error}\n!!! NOT {dataset.upper()}: TRAINING ON {fallback.upper()} INSTEAD, IN '
+            f'{out_dir} !!!')
     if not local_rank and dist.is_initialized():
         dist.barrier()
-    for problem in problems:
-        say(problem + ("; GPT-2's vocabulary is assumed" if dry_run else ''))
-    if dataset != names[0]:
-        config['out_dir'] = config['out_dir'].replace(
-            names[0].replace('_', '-'), dataset.replace('_', '-'))
-        say(f'!!! NOT {names[0].upper()}: TRAINING ON {dataset.upper()} INSTEAD, IN '
-            f'{config["out_dir"]} !!!')
-        config['dataset'] = dataset
 
 
 def out_of_memory(error, config):
@@ -114,7 +125,8 @@ def open_folder(run, resumed):
 
 def log(run, **metrics):
     """Append a line to the run's log.jsonl, and to Weights & Biases if that is asked for."""
-    line = dict(step=run.step, tokens=run.tokens, seconds=run.seconds, **metrics)
+    line = dict(step=run.step, tokens=run.tokens, seconds=run.seconds) | {
+        name: value if math.isfinite(value) else None for name, value in metrics.items()}
     if run.rank == 0:
         with open(Path(run.config['out_dir'], 'log.jsonl'), 'a', encoding='utf-8') as file:
             file.write(json.dumps(line) + '\n')
@@ -132,9 +144,13 @@ def how_to_resume(run):
 
 
 def save(run, name):
-    """Write out_dir/name, a checkpoint: under a temporary name, then renamed, so never half."""
+    """Write out_dir/name, a checkpoint: under a temporary name, then renamed, so never half.
+    ValueError for weights that are not finite: a good checkpoint is not replaced by those."""
     if run.rank:
         return
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise ValueError(f'the weights of step {run.step} are not finite, and not saved: lower '
+                         '--learning_rate and --muon_lr')
     content = {
         'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
         'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
@@ -171,6 +187,8 @@ def read_checkpoint(path):
     sibling = path.with_name('best.pt' if path.name == 'ckpt.pt' else 'ckpt.pt')
     other = f'; {sibling} is there: cp {sibling} {path}' if sibling.exists() else ''
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise RuntimeError(f'wrong checksum of {part}')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         runs = ' '.join(sorted({str(p.parent) for p in Path('.').glob('*/*.pt')}))
@@ -180,7 +198,7 @@ def read_checkpoint(path):
         if 'GLOBAL' in str(error):
             raise ValueError(f'{path}: refused, it carries code, not only weights{other}') from None
         raise ValueError(f'{path}: damaged, or not a checkpoint{other}') from None
-    except (RuntimeError, EOFError, OSError, LookupError, TypeError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, zipfile.BadZipFile) as error:
         why = (str(error) or 'it ends too soon').splitlines()[0][:80]
         raise ValueError(f'{path}: damaged ({why}){other}') from None
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
@@ -252,24 +270,60 @@ def load_fitting(source, config, meta):
     return model, checkpoint
 
 
-def make_model(config, meta):
+def make_model(config, origin, meta):
     """-> the model that a run starts with, on the CPU (in a dry run of a new one on no device),
-    and the checkpoint that it comes from ({} if from scratch)"""
+    and the checkpoint that it comes from ({} if from scratch). Changes the settings of the network
+    in config to those of a model that is loaded."""
     out_dir, init_from = config['out_dir'], config['init_from']
-    architecture = model_config(config, meta['vocab_size'])
     if init_from == 'resume' and not Path(out_dir, 'ckpt.pt').exists():
+        if Path(out_dir, 'best.pt').exists():
+            raise ValueError(f'{out_dir} has best.pt, but no ckpt.pt: copy it there to go on')
         if config['stage'] != 'pretrain':
             raise ValueError(f'{out_dir}: nothing is saved there yet: drop --init_from=resume')
         say(f'{out_dir}: nothing is saved there yet, so this starts from scratch')
     elif init_from.startswith('gpt2') and not Path(init_from).exists() and config['dry_run']:
         from extras.gpt2 import config_of
-        architecture = config_of(init_from)
+        with torch.device('meta'):
+            return GPT(config_of(init_from)), {}
     elif init_from != 'scratch':
         source = f'{out_dir}/ckpt.pt' if init_from == 'resume' else init_from
-        return load_fitting(source, config, meta)
+        model, checkpoint = load_fitting(source, config, meta)
+        if init_from == 'resume':
+            check_resumed(config, checkpoint, meta)
+        adopt(config, origin, source, model)
+        return model, checkpoint
     with torch.device('meta' if config['dry_run'] else 'cpu'):
         torch.manual_seed(config['seed'])
-        return GPT(architecture), {}
+        return GPT(model_config(config, meta['vocab_size'])), {}
+
+
+def adopt(config, origin, source, model):
+    """Settings of the network become those of a loaded model; one that asks for others is refused,
+    but for dropout and a shorter block_size."""
+    for name, value in asdict(model.config).items():
+        free = name in ('vocab_size', 'dropout', 'block_size') or (name, config[name]) == (
+            'n_kv_head', 0)
+        if name in origin and config[name] != value and not free:
+            raise ValueError(f'--{name}={config[name]}, of {origin[name]}: {source} has {name}='
+                             f'{value}, which cannot be changed')
+        if name not in ('vocab_size', 'dropout', 'block_size'):
+            config[name] = value
+
+
+def check_resumed(config, checkpoint, meta):
+    """Raises ValueError for what a resumed run cannot go on with; says what it goes on with."""
+    known, begun = checkpoint.get('config', {}), (checkpoint.get('lineage') or [{}])[-1]
+    for name in ('stage', 'dataset', 'block_size', 'seed', 'weight_decay', 'beta1', 'beta2'):
+        if known.get(name, config[name]) != config[name]:
+            raise ValueError(f'--{name}={config[name]}: the run that is resumed has {name}='
+                             f'{known[name]}; give the settings that it had')
+    if list(begun.get('data', meta['hashes']).values()) != list(meta['hashes'].values()):
+        raise ValueError(f'--dataset={config["dataset"]}: prepared anew since this run began')
+    for name in 'batch_size', 'gradient_accumulation_steps':
+        if known.get(name, config[name]) != config[name]:
+            say(f'resuming with {name}={config[name]} instead of {known[name]}')
+    if checkpoint['iter_num'] >= config['max_iters']:
+        say(f'this run has taken its {checkpoint["iter_num"]} steps: raise --max_iters to go on')
 
 
 def load_reference(run, source):

@@ -12,14 +12,14 @@ import math
 import random
 from types import SimpleNamespace
 
-from data.files import load_script
+from data.files import script_of
 from data.tools import calculator
 from sample import Request, Sampling, decode
 
 
 def task_of(folder):
     """-> the prepare.py of a data set; ValueError without examples, conversation and reward"""
-    task = load_script(folder) if (folder / 'prepare.py').exists() else None
+    task = script_of(folder)
     if not all(hasattr(task, name) for name in ('examples', 'conversation', 'reward')):
         raise ValueError(f'{folder}: not a task; its prepare.py would need examples, conversation '
                          'and reward')

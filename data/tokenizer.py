@@ -170,8 +170,9 @@ class Tokenizer:
 
     def _char(self, c):
         if c not in self.chars:
+            near = sorted(self.chars, key=lambda known: abs(ord(known) - ord(c)))[:5]
             raise ValueError(f'the character {c!r} (U+{ord(c):04X}) is none of {len(self.chars)} '
-                             f'that this model has seen: {"".join(self.chars)!r}')
+                             f'that this model has seen; the nearest are {"".join(near)!r}')
         return self.chars[c]
 
     def token_bytes(self, token):

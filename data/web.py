@@ -46,7 +46,19 @@ def texts_of(path, group):
         return pq.ParquetFile(path).read_row_group(group, columns=['text'])['text'].to_pylist()
     with open(path, 'rb') as lines:
         lines.seek(group)
-        return [json.loads(line)['text'] for line in itertools.islice(lines, LINES)]
+        return [text_of(path, f'line {number} after byte {group:,}', line)
+                for number, line in enumerate(itertools.islice(lines, LINES), 1)]
+
+
+def text_of(path, place, line):
+    """-> the text in a line of a jsonl file. ValueError names the place if there is none."""
+    try:
+        text = json.loads(line.decode('utf-8-sig'))['text']
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f'{path}: {place}: no JSON object with a text ({error})') from None
+    if not isinstance(text, str):
+        raise ValueError(f'{path}: {place}: its text is of type {type(text).__name__}')
+    return text
 
 
 def tokenize(job):
@@ -93,8 +105,6 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
     if source_file.exists() and json.loads(source_file.read_text()) != origin:
         raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its '
                          '*.bin and source.json to begin anew')
-    folder.mkdir(parents=True, exist_ok=True)
-    write(source_file, json.dumps(origin).encode())
     paths = sorted(glob.glob(source)) if source else hub_files(repository, within)
     with multiprocessing.Pool(processes or None) as pool:
         for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
@@ -103,6 +113,7 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
             jobs = [(path, group, held_out) for group in groups]
             done = pool.imap(tokenize, jobs)
             train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
+            write(source_file, json.dumps(origin).encode())
             if sum(map(len, val)):
                 write(folder / f'val_{name}.bin', np.concatenate(val))
             write(folder / f'train_{name}.bin', np.concatenate(train))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from data.files import DATA, load_script, program, write_texts
+from data.files import DATA, program, script_of, write_texts
 from data.tasks import answer_questions, in_play, task_of
 from sample import Sampling, open_model
 
@@ -63,8 +63,8 @@ def main():
     config, _ = configure(globals(), others=lambda values: [Sampling()])
     if not folder:
         raise ValueError('--folder= says where the data set goes, such as data/my_answers')
-    script = Path(folder, 'prepare.py')
-    if script.exists() and not hasattr(load_script(script.parent), 'COMMAND'):
+    script = script_of(Path(folder))
+    if script and not hasattr(script, 'COMMAND'):
         raise ValueError(f'--folder={folder} holds another data set: choose a new folder')
     questions = task_of(DATA / task)
     model, tokenizer, _ = open_model(out_dir, device, dtype)

@@ -55,8 +55,7 @@ def build(shape, dtype=torch.float32):
 
 def begin(train, layers):
     """-> a Run with these settings, as main() makes it."""
-    config, _ = configure(vars(train), layers, train.other_settings)
-    return train.make_run(config)[0]
+    return train.make_run(*configure(vars(train), layers, train.other_settings))[0]
 
 
 def timed(action):

@@ -57,7 +57,6 @@ def test_the_last_layer_wins_and_is_named(script, tmp_path):
         (2.0, int, 2),
         (True, bool, True),
         ('9007199254740993', int, 9007199254740993),
-        ('inf', float, float('inf')),
     ],
 )
 def test_values_become_the_type_of_the_default(text, kind, value):
@@ -72,6 +71,8 @@ def test_values_become_the_type_of_the_default(text, kind, value):
         ('x', float),
         ('nan', float),
         ('inf', int),
+        ('inf', float),
+        ('-1e999', float),
         ('maybe', bool),
         ('2', bool),
         (True, int),
@@ -91,6 +92,9 @@ def test_a_value_of_another_type_is_refused(text, kind):
     'arguments, words',
     [
         (['--batch_sise=3'], 'did you mean batch_size?'),
+        (['--batch=3'], 'did you mean batch_size?'),
+        (['--lr=3'], 'did you mean learning_rate?'),
+        (['--learning_rate=inf'], 'is not of type float'),
         (['--batch_size=many'], "batch_size='many' is not of type int"),
         (['--CONSTANT=1'], 'no such setting'),
         (['--inner=1'], 'no such setting'),

@@ -12,7 +12,15 @@ import pytest
 from conftest import ROOT, TEXT, run
 
 from data import web
-from data.files import Tokens, download, missing, read_meta, write_tokens
+from data.files import (
+    Tokens,
+    download,
+    missing,
+    mixture_of,
+    read_meta,
+    read_text,
+    write_tokens,
+)
 from data.tokenizer import SPECIAL, Tokenizer
 
 MIXED = 'naïve 🙂 سلام 你好 é'
@@ -313,6 +321,36 @@ def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, m
         web.prepare_web(out, '', '', '', f'{tmp_path}/*', 50, 0, 1)
 
 
+def test_a_wrong_source_of_pages_names_its_line_and_leaves_nothing(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(web.multiprocessing, 'Pool', SerialPool)
+    good = json.dumps({'text': 'one page'})
+    for bad in '{"text":', '{"texts": ""}', '[]', '{"text": null}', '\udcff':
+        lines = '\ufeff' + '\n'.join([good, bad, good])
+        (tmp_path / 'pages.jsonl').write_bytes(lines.encode('utf-8', 'surrogateescape'))
+        with pytest.raises(ValueError, match=r'pages.jsonl: line 2 after byte 0: '):
+            web.prepare_web(tmp_path / 'out', '', '', '', f'{tmp_path}/*.jsonl', 2, 0, 1)
+        assert not (tmp_path / 'out').exists()
+
+
+def test_a_text_is_read_without_its_byte_order_mark_and_must_be_utf8(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfto be')
+    assert read_text(tmp_path / 'a.txt') == 'to be'
+    (tmp_path / 'a.txt').write_bytes(b'caf\xe9')
+    with pytest.raises(ValueError, match='a.txt: not UTF-8 at byte 3'):
+        read_text(tmp_path / 'a.txt')
+    for none in tmp_path, '/dev/zero', tmp_path / 'b.txt':
+        with pytest.raises(FileNotFoundError, match='No such file'):
+            read_text(none)
+
+
+def test_a_folder_that_exists_is_that_folder_whatever_its_name(tmp_path):
+    for name in 'a:0.5,b:0.5', 'C:', 'a,b', 'x:y':
+        (tmp_path / name).mkdir()
+        assert mixture_of(f'{tmp_path}/{name}') == {tmp_path / name: 1.0}
+    both = mixture_of(f'{tmp_path}/x:y:0.25,{tmp_path}/C::0.75')
+    assert both == {tmp_path / 'x:y': 0.25, tmp_path / 'C:': 0.75}
+
+
 def test_every_line_of_a_jsonl_file_is_in_one_group(tmp_path, monkeypatch):
     monkeypatch.setattr(web, 'LINES', 10)
     for count in 1, 9, 10, 11, 30:
@@ -359,10 +397,9 @@ def test_preparing_by_hand_says_what_is_wrong():
     assert '--key=value' in run('data/shakespeare_char/prepare.py', '--source', ok=False)
 
 
-@pytest.mark.parametrize('prepare', [True, False])
-def test_a_data_set_that_only_a_run_can_write_says_how(prepare, tmp_path):
+def test_a_data_set_that_only_a_run_can_write_says_how(tmp_path):
     command = 'python -m extras.write_answers --folder=there'
     (tmp_path / 'prepare.py').write_text(f'COMMAND = {command!r}')
-    assert missing(tmp_path, prepare).endswith(f'not prepared; run {command}')
+    assert missing(tmp_path).endswith(f'not prepared; run {command}')
     (tmp_path / 'train.bin').touch()
-    assert missing(tmp_path, prepare) == ''
+    assert missing(tmp_path) == ''

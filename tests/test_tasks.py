@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from data.arithmetic import prepare as arithmetic
 from data.arithmetic_text.prepare import text_of
-from data.files import DATA, load_script
+from data.files import DATA, script_of
 from data.rows import Conversations
 from data.tasks import task_of, tasks_of
 from data.tokenizer import Detokenizer
@@ -196,7 +196,7 @@ def test_the_text_to_learn_writing_from_holds_no_question_and_no_worked_answer()
 
 
 def test_small_talk_is_in_the_vocabulary_and_alternates():
-    smalltalk = load_script(DATA / 'smalltalk')
+    smalltalk = script_of(DATA / 'smalltalk')
     rng = random.Random(3)
     for _ in range(300):
         messages, _ = smalltalk.talk(rng)
@@ -245,7 +245,7 @@ def test_a_mixture_with_a_task_that_has_no_more_questions_ends(gsm8k):
 
 @pytest.mark.parametrize('name', ['arithmetic', 'smalltalk'])
 def test_conversations_are_prepared_with_their_masks(tmp_path, name):
-    made = load_script(DATA / name)
+    made = script_of(DATA / name)
     made.demonstrations, made.conversations, made.held_out = 40, 40, 10
     made.prepare(tmp_path)
     texts = Conversations(tmp_path, 'train', 400)
@@ -320,7 +320,7 @@ def test_smoltalk_takes_local_conversations(tmp_path, bpe):
     with open(tmp_path / 'talk.jsonl', 'w') as file:
         for i in range(20):
             print(json.dumps({'messages': talk[i % 2 :]}), file=file)
-    load_script(folder).fetch(str(tmp_path / '*.jsonl'), folder)
+    script_of(folder).fetch(str(tmp_path / '*.jsonl'), folder)
     texts = [Conversations(folder, split, 99) for split in ('train', 'val')]
     assert [len(split.spans) for split in texts] == [19, 1]
     assert texts[0].truncated == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -525,7 +526,7 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(runs, 'say', said.append)
     config = {name: vars(train)[name] for name in read_settings(vars(train))}
-    runs.choose_data(config, 0)
+    runs.choose_data(config, {}, 0)
     assert (config['dataset'], config['out_dir']) == ('pydocs_char', 'out-pydocs-char')
     assert any('NOT SHAKESPEARE_CHAR' in line for line in said) and any(
         'cannot download' in line for line in said
@@ -572,6 +573,108 @@ def test_several_bad_steps_in_a_row_stop_with_advice(dataset, tmp_path):
         ok=False,
     )
     assert 'not finite: skipped, 5 in a row' in text and 'lower --learning_rate' in text
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_run_fails(dataset, tmp_path):
+    common = [*TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--eval_interval=2']
+    inside('train.py', *common, '--max_iters=2')
+    good = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    text = inside('train.py', *common, '--max_iters=4', '--init_from=resume', '--decay_lr=False',
+                  '--learning_rate=1e38', '--min_lr=0', ok=False)  # fmt: skip
+    assert 'not finite' in text and (tmp_path / 'out' / 'ckpt.pt').read_bytes() == good
+    lines = (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()
+    for line in lines:
+        json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_named(trained, tmp_path):
+    data = bytearray((trained / 'ckpt.pt').read_bytes())
+    data[len(data) // 2] ^= 16
+    (tmp_path / 'ckpt.pt').write_bytes(data)
+    with pytest.raises(ValueError, match='damaged .*checksum'):
+        runs.read_checkpoint(tmp_path / 'ckpt.pt')
+
+
+def test_resuming_where_only_the_best_checkpoint_is_left_does_not_start_anew(trained, tmp_path):
+    shutil.copy(trained / 'best.pt', tmp_path)
+    text = inside('train.py', *TINY, f'--out_dir={tmp_path}', '--init_from=resume',
+                  '--dataset=pydocs_char', ok=False)  # fmt: skip
+    assert 'has best.pt, but no ckpt.pt' in text and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    'setting, words',
+    [
+        ('--n_layer=3', 'has n_layer=2, which cannot be changed'),
+        ('--activation=gelu', 'has activation=relu2, which cannot be changed'),
+        ('--n_kv_head=1', 'has n_kv_head=2, which cannot be changed'),
+    ],
+)
+@pytest.mark.parametrize('how', ['resume', 'another run'])
+def test_a_network_that_is_loaded_is_not_another_one(
+    dataset, trained, tmp_path, setting, words, how
+):
+    folder = trained if how == 'resume' else tmp_path / 'out'
+    source = f'--init_from={"resume" if how == "resume" else trained}'
+    text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={folder}', source, setting,
+                  '--max_iters=14', ok=False)  # fmt: skip
+    assert setting + ', of command line' in text and words in text
+
+
+def test_a_run_records_the_network_that_it_has(dataset, trained, tmp_path):
+    rest = [setting for setting in TINY if not setting.startswith('--n_')]
+    inside('train.py', *rest, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=1',
+           f'--init_from={trained}', '--n_kv_head=0', '--dropout=0.5',
+           '--block_size=8')  # fmt: skip
+    saved = read_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    for name in 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'activation', 'dropout':
+        assert saved['config'][name] == saved['model_args'][name]
+    assert (saved['config']['n_layer'], saved['config']['dropout']) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    'setting, was',
+    [('--seed=7', 'seed=1337'), ('--weight_decay=0', 'weight_decay=0.1'), ('--beta2=0.9', '0.95'),
+     ('--stage=finetune', 'stage=pretrain'), ('--block_size=8', 'block_size=16')],
+)  # fmt: skip
+def test_what_a_resumed_run_cannot_go_on_with_is_refused(dataset, trained, setting, was):
+    common = [*TINY, f'--dataset={dataset}', f'--out_dir={trained}', '--init_from=resume']
+    text = inside('train.py', *common, '--max_iters=14', setting, ok=False)
+    assert setting in text and was in text
+
+
+def test_what_a_resumed_run_goes_on_with_is_said(dataset, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'out')
+    common = [*TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--init_from=resume']
+    text = inside('train.py', *common, '--max_iters=12')
+    assert 'this run has taken its 12 steps: raise --max_iters' in text
+    text = inside('train.py', *common, '--max_iters=13', '--batch_size=8')
+    assert 'resuming with batch_size=8 instead of 4' in text
+    other = tmp_path / 'tiny'
+    shutil.copytree(dataset, other)
+    text = inside('train.py', *common, '--max_iters=14', f'--dataset={other}', ok=False)
+    assert f'--dataset={other}: the run that is resumed has dataset={dataset}' in text
+
+
+def test_only_a_configs_own_data_set_has_its_fallback(tmp_path):
+    """A data set that was asked for is never replaced by another."""
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'prepare.py').write_text(
+        "def prepare():\n    raise ConnectionError('no network')\n"
+    )
+    for folder, words in ('mine', 'it has no prepare.py'), ('other', 'no network'):
+        text = inside('train.py', 'config/train_shakespeare_char.py', '--max_iters=1',
+                      f'--dataset={tmp_path}/{folder}', f'--out_dir={tmp_path}/out', cwd=ROOT,
+                      ok=False)  # fmt: skip
+        assert words in text and 'INSTEAD' not in text and not (tmp_path / 'out').exists()
+
+
+def test_a_run_needs_a_folder_of_its_own(dataset, tmp_path):
+    for out_dir in '.', '..', tmp_path:
+        text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}',
+                      cwd=tmp_path, ok=False)  # fmt: skip
+        assert 'a run needs a folder of its own' in text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('dtype, copies', [('float32', 4), ('bfloat16', 4 + 2)])

@@ -9,14 +9,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.files import run_prepare, write_tokens  # noqa: E402
-from data.shakespeare_char.prepare import read_text  # noqa: E402
+from data.shakespeare_char.prepare import shakespeare  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''  # a text file to read; '' is tiny Shakespeare, downloaded if it is not there
 
 
 def prepare(source='', folder=HERE):
-    text = read_text(source)
+    text = shakespeare(source)
     tokenizer = Tokenizer({'kind': 'gpt2'})
     cut = int(len(text) * 0.9)
     write_tokens(folder, tokenizer, source or 'tiny Shakespeare',

@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import download, run_prepare, write_tokens  # noqa: E402
+from data.files import download, read_text, run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''  # a text file to read; '' is input.txt beside this file, downloaded if it is not there
@@ -18,16 +18,16 @@ URLS = ['https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinysha
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
-def read_text(source=''):
+def shakespeare(source=''):
     """-> the whole of tiny Shakespeare, or of another text at source."""
     path = Path(source or HERE.parent / 'shakespeare_char' / 'input.txt')
     if not source and not path.exists():
         download(URLS, path, SHA256)
-    return path.read_text(encoding='utf-8')
+    return read_text(path)
 
 
 def prepare(source='', folder=HERE):
-    text = read_text(source)
+    text = shakespeare(source)
     tokenizer = Tokenizer.of_text(text)
     cut = int(len(text) * 0.9)
     print(f'{len(text):,} characters, {len(tokenizer.chars)} different ones')
