@@ -7,6 +7,7 @@ The one decoding loop: weights in, text out.
 A row's context is at most block_size tokens; a longer prompt keeps its last ones. When a row has
 filled that window, its later half is read again as the new context, so text can be of any length.
 """
+from data.tokenizer import Detokenizer  # isort: skip  (before torch: see data/__init__.py)
 import copy
 import sys
 import time
@@ -18,7 +19,6 @@ import torch
 from configurator import auto_device, auto_dtype, configure
 from data.files import extra, program, read_text
 from data.runs import load_model
-from data.tokenizer import Detokenizer
 
 init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
 out_dir = 'out'         # the run to sample from

@@ -9,6 +9,7 @@ data/rows.py for text and conversations, else a file of stages/.
     python train.py config/train_shakespeare_char.py                                # a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
 """
+from data import runs  # isort: skip  (before torch: see data/__init__.py)
 import contextlib
 import importlib
 import itertools
@@ -28,7 +29,6 @@ from torch import nn
 from tqdm import tqdm
 
 from configurator import auto_device, auto_dtype, configure
-from data import runs
 from data.files import extra, mixture_of, program, read_metas, say
 from data.rows import TEXT_STAGES, all_sum, read_rows
 from data.tokenizer import Tokenizer

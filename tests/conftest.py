@@ -11,14 +11,13 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault('OMP_NUM_THREADS', '2')
+import data.tokenizer  # noqa: E402  isort: skip  (before torch: see data/__init__.py)
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-import data.tokenizer  # noqa: E402
 from data.files import program, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402

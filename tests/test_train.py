@@ -447,7 +447,7 @@ def test_a_run_that_is_there_is_moved_aside_and_never_overwritten(dataset, tmp_p
     assert (tmp_path / 'out.1' / 'ckpt.pt').read_bytes() == first
     assert {p.name for p in tmp_path.iterdir()} == {'out', 'out.1', 'out.2'}
     for harmless in '--eval_only=True', '--dry_run=True':
-        inside('train.py', *common, harmless, '--init_from=resume')
+        inside('train.py', *common, harmless, '--init_from=resume', '--seed=3')
         inside('train.py', *common, harmless)
     assert {p.name for p in tmp_path.iterdir()} == {'out', 'out.1', 'out.2'}
     text = inside('train.py', *common, f'--init_from={tmp_path}/out', ok=False)
