@@ -115,6 +115,7 @@ class Run:
     asked_to_stop: int = 0     # 1: this process caught a signal
     stop: float = 0            # number of processes that did, summed each step: all stop together
     notes: dict = field(default_factory=dict)   # a stage's numbers for the next line of the log
+    lock: object = None        # an open file that keeps other runs out of out_dir
 
     def note(self, **values):
         """Keep numbers for the next line of the log, which has the means of all processes."""

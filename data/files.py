@@ -36,6 +36,10 @@ def program(main):
     sys.stdout.reconfigure(errors='replace')    # a terminal may not know every character
     try:
         main()
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            raise
+        sys.exit(f'--compile=True does not work here: {str(error).strip().splitlines()[0]}')
     except BrokenPipeError:     # whoever read the output has left, as in `| head`
         os._exit(1)
     except ImportError as error:
@@ -85,53 +89,64 @@ def read_text(path):
 
 
 def write(path, content):
-    """Write bytes, or let content(file) write, under a temporary name; flush, rename: path is never
-    half-written."""
-    path, temporary = Path(path), Path(path).with_suffix(f'.{os.getpid()}.tmp')
+    """Write bytes, or let content(file) write: path is never half-written."""
+    write_all({path: content})
+
+
+def write_all(contents):
+    """Write {path: content} under temporary names, flush, then rename in this order: what was there
+    is intact until all is written."""
+    temporary = {Path(path): Path(path).with_suffix(f'.{os.getpid()}.tmp') for path in contents}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, 'wb') as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for (path, new), content in zip(temporary.items(), contents.values(), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(new, 'wb') as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, new in temporary.items():
+            os.replace(new, path)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        for new in temporary.values():
+            new.unlink(missing_ok=True)
         raise OSError(f'{path}: cannot be written ({str(error).splitlines()[0]}); what was there '
                       'before is intact') from None
 
 
-def write_tokens(folder, tokenizer, source, **splits):
-    """Write meta.json, then {split}.bin for every split (its ids), train.bin last."""
-    dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
+def write_tokens(folder, tokenizer, source, files=None, **splits):
+    """Write a data set: files {name: bytes}, meta.json, {split}.bin of each split's ids."""
+    folder, dtype = Path(folder), 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
     arrays = {split: np.asarray(ids, dtype=dtype) for split, ids in splits.items()}
     for split, array in arrays.items():
         if len(array) < 2:
             raise ValueError(f'{source}: too short, {len(array)} tokens for {split}.bin')
-    write_meta(folder, tokenizer, source, dtype,
-               counts={split: len(array) for split, array in arrays.items()},
-               sha256={split: hashlib.sha256(array).hexdigest() for split, array in arrays.items()})
-    for split, array in sorted(arrays.items(), reverse=True):   # train.bin last: then all is there
-        write(Path(folder) / f'{split}.bin', array)
+    meta = meta_of(tokenizer, source, dtype, {s: len(array) for s, array in arrays.items()},
+                   {s: hashlib.sha256(array).hexdigest() for s, array in arrays.items()})
+    bins = {f'{split}.bin': arrays[split] for split in sorted(arrays, reverse=True)}    # train last
+    write_all({folder / name: content
+               for name, content in {**(files or {}), 'meta.json': meta, **bins}.items()})
+    for split, array in arrays.items():
         print(f'{split} has {len(array):,} tokens')
 
 
-def write_texts(folder, tokenizer, source, **splits):
+def write_texts(folder, tokenizer, source, files=None, **splits):
     """The same for texts as (ids, in play); {split}.mask.bin has 1 for a token in play."""
+    masks = {}
     for split, texts in splits.items():
         if not texts:
             raise ValueError(f'{source}: no conversations for {split}')
         mask = np.concatenate([np.asarray(in_play, np.uint8) for _, in_play in texts])
-        write(Path(folder) / f'{split}.mask.bin', mask)
-    write_tokens(folder, tokenizer, source, **{
+        masks[f'{split}.mask.bin'] = mask
+    write_tokens(folder, tokenizer, source, {**(files or {}), **masks}, **{
         split: np.concatenate([np.asarray(ids) for ids, _ in texts])
         for split, texts in splits.items()})
 
 
-def write_conversations(folder, tokenizer, source, **splits):
+def write_conversations(folder, tokenizer, source, files=None, **splits):
     """The same for lists of conversations: lists of messages, see Tokenizer.render."""
-    write_texts(folder, tokenizer, source, **{split: list(map(tokenizer.render, conversations))
-                                              for split, conversations in splits.items()})
+    write_texts(folder, tokenizer, source, files, **{
+        split: list(map(tokenizer.render, conversations))
+        for split, conversations in splits.items()})
 
 
 def write_questions(folder, tokenizer, source, conversation, **splits):
@@ -142,8 +157,8 @@ def write_questions(folder, tokenizer, source, conversation, **splits):
     train = splits['train']
     splits.update(train=[q for i, q in enumerate(train) if i % 20 or len(train) < 20],
                   val=train[::20])
-    write(Path(folder) / 'questions.json', json.dumps(splits).encode())
-    write_conversations(folder, tokenizer, source, train=map(conversation, splits['train']),
+    write_conversations(folder, tokenizer, source, {'questions.json': json.dumps(splits).encode()},
+                        train=map(conversation, splits['train']),
                         val=map(conversation, splits['val']))
 
 
@@ -158,17 +173,43 @@ def read_questions(folder, split, seed=0):
 
 def load_splits(source, *hub):
     """-> a data set's train and test split, from {split}.jsonl in the folder source, or the hub"""
-    from datasets import load_dataset
-    if not source:
-        return load_dataset(*hub)
     files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
-    return load_dataset('json', data_files=files)
+    return load(*hub) if not source else load('json', data_files=files)
 
 
-def write_meta(folder, tokenizer, source, dtype, counts, sha256):
-    meta = dict(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.spec,
-                counts=counts, source=str(source), sha256=sha256)
-    write(Path(folder) / 'meta.json', json.dumps(meta, indent=1).encode())
+def load(*args, **how):
+    """datasets.load_dataset(), whose failures of many kinds become a ValueError of one line."""
+    from datasets import load_dataset
+    try:
+        return load_dataset(*args, **how)
+    except Exception as error:
+        place = how.get('data_files', args[0])
+        place = ', '.join(place.values()) if isinstance(place, dict) else place
+        why = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise ValueError(f'{place}: cannot be loaded: {why[0]}') from None
+
+
+def read_each(rows, read, source, strict=False):
+    """-> list of read(row). A row for which that fails is left out and reported; if strict, or if
+    there is no other, ValueError names it."""
+    found, wrong = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append(read(row))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            wrong.append(f'row {number}: {type(error).__name__}: {error}')
+    if wrong and (strict or not found):
+        raise ValueError(f'{source}: {wrong[0]}')
+    if wrong:
+        print(f'{source}: {len(wrong)} of {len(wrong) + len(found)} rows are left out, the first '
+              f'is {wrong[0]}')
+    return found
+
+
+def meta_of(tokenizer, source, dtype, counts, sha256):
+    """-> the bytes of a meta.json"""
+    return json.dumps(dict(dtype=dtype, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.spec,
+                           counts=counts, source=str(source), sha256=sha256), indent=1).encode()
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -3,6 +3,7 @@ The folders of runs: checking a run's settings, making its model, writing and re
 
 A checkpoint holds plain tensors, numbers and strings, so that reading one executes nothing.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -108,11 +109,13 @@ def open_folder(run, resumed):
     if run.rank:
         return
     folder = Path(run.config['out_dir'])
+    run.lock = lock(folder)
     if not resumed and ((folder / 'ckpt.pt').exists() or (folder / 'best.pt').exists()):
         numbered = (folder.with_name(f'{folder.name}.{n}') for n in range(1, 10 ** 6))
         aside = next(path for path in numbered if not path.exists())
         folder.rename(aside)
         say(f'{folder} holds a run already: moved to {aside}')
+        run.lock = lock(folder)
     log = folder / 'log.jsonl'      # of a resumed run, what is beyond its step is left out
     lines = log.read_text(encoding='utf-8').splitlines() if resumed and log.exists() else []
     kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= run.step]
@@ -121,6 +124,20 @@ def open_folder(run, resumed):
         import wandb
         wandb.init(project=run.config['wandb_project'], name=run.config['wandb_run_name'],
                    config=run.config)
+
+
+def lock(folder):
+    """-> the open file that is locked while a run writes to folder: until it is closed, or its
+    process ends. ValueError if another run has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / 'lock', 'w')
+    with contextlib.suppress(ImportError):      # Windows has no such locks
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f'{folder}: another run is writing there now') from None
+    return file
 
 
 def log(run, **metrics):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import run_prepare, write, write_meta
+from data.files import meta_of, run_prepare, write
 from data.tokenizer import Tokenizer
 
 source = ''      # local files: 'folder/*.parquet' or '*.jsonl'; '' fetches them from the hub
@@ -123,7 +123,8 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
     counts = {split: sum(p.stat().st_size // 2 for p in paths) for split, paths in shards.items()}
     sums = {path.name: hashlib.sha256(np.memmap(path, mode='r')).hexdigest()
             for paths in shards.values() for path in paths}
-    write_meta(folder, Tokenizer({'kind': 'gpt2'}), origin[0], 'uint16', counts, sums)
+    meta = meta_of(Tokenizer({'kind': 'gpt2'}), origin[0], 'uint16', counts, sums)
+    write(folder / 'meta.json', meta)
     print(f'{counts["train"]:,} tokens to train on, {counts["val"]:,} to validate')
 
 

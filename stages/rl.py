@@ -18,6 +18,7 @@ What makes w differ from that line in the code below:
 """
 import copy
 import itertools
+import textwrap
 import time
 from pathlib import Path
 
@@ -156,8 +157,8 @@ def evaluate(run, task):
         max_new_tokens=max_new_tokens, sampling=Sampling(temperature=0.0))
     if mine:
         question = task.conversation(mine[0])[-2]['content']
-        answer = run.tokenizer.transcript(requests[0].ids).replace('\n', '\n  | ')
-        say('  > ' + question.replace('\n', '\n  > ') + '\n  | ' + answer)
+        answer = run.tokenizer.transcript(requests[0].ids).strip()
+        say(textwrap.indent(question, '  > ') + '\n' + textwrap.indent(answer, '  | '))
     folders = [folder for folder, _ in examples]
     parts = list(dict.fromkeys(folders))
     correct = torch.zeros(len(parts))

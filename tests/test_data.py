@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TEXT, run
 
-from data import web
+from data import files, web
 from data.files import (
     Tokens,
     download,
@@ -169,6 +169,29 @@ def test_every_part_of_meta_json_is_checked(tmp_path, text, words):
     (tmp_path / 'meta.json').write_text(text)
     with pytest.raises(ValueError, match=f'meta.json: damaged.*{words}|meta.json: {words}'):
         Tokens(tmp_path, 'train')
+
+
+def test_a_data_set_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, monkeypatch):
+    words = Tokenizer.of_words('to be')
+    talk = [[{'role': 'user', 'content': 'to'}, {'role': 'assistant', 'content': 'be'}]]
+    files.write_conversations(tmp_path, words, 'x', {'more.json': b'1'}, train=talk, val=talk)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {
+        'more.json', 'meta.json', 'train.bin', 'val.bin', 'train.mask.bin', 'val.mask.bin',
+    }  # fmt: skip
+    with pytest.raises(ValueError, match='no conversations for val'):
+        files.write_conversations(tmp_path, words, 'y', {'more.json': b'2'}, train=talk, val=[])
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 4:
+            raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(files.os, 'fsync', full)
+    with pytest.raises(OSError, match='what was there before is intact'):
+        files.write_conversations(tmp_path, words, 'z', {'more.json': b'3'}, train=talk, val=talk)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_file_cut_by_whole_tokens_is_named(tmp_path):

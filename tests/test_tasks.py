@@ -292,6 +292,34 @@ def test_gsm8k_rewards_no_answer_where_neither_has_a_number(gsm8k):
     assert gsm8k.reward({'answer': 'no mark'}, 'nor here') == 0.0
 
 
+def test_rows_that_cannot_be_read_are_left_out_and_counted_or_refused(gsm8k, tmp_path, capsys):
+    path = tmp_path / 'train.jsonl'
+    good = path.read_text()
+    bad = [{'question': 'Q', 'answer': None}, {'question': 'Q', 'answer': 'no mark'},
+           {'question': ' ', 'answer': '#### 1'}]  # fmt: skip
+    path.write_text(good + ''.join('\n' + json.dumps(row) for row in bad))
+    gsm8k.prepare(str(tmp_path), tmp_path / 'out')
+    text = capsys.readouterr().out
+    assert 'train: 3 of 6 rows are left out, the first is row 4: AttributeError' in text
+    gsm8k.strict = True
+    with pytest.raises(ValueError, match='train: row 4: AttributeError'):
+        gsm8k.prepare(str(tmp_path), tmp_path / 'new')
+    assert not (tmp_path / 'new').exists()
+    gsm8k.strict = False
+    for rows, words in [
+        (bad, 'train: row 1'),
+        ([{'question': 'Q'}], "train: row 1: KeyError: 'answer'"),
+        ([{'question': 3, 'answer': [4]}], 'train: row 1: AttributeError'),
+    ]:
+        for split in 'train', 'test':
+            (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+        with pytest.raises(ValueError, match=words):
+            gsm8k.prepare(str(tmp_path), tmp_path / 'new')
+    path.write_text('{"question":')
+    with pytest.raises(ValueError, match='train.jsonl.*: cannot be loaded: .'):
+        gsm8k.prepare(str(tmp_path), tmp_path / 'new')
+
+
 def test_gsm8k_rewards_the_number_and_goes_on_without_end(gsm8k):
     first, second, third = gsm8k.examples('test')
     for example, good, bad in [

@@ -670,6 +670,29 @@ def test_only_a_configs_own_data_set_has_its_fallback(tmp_path):
         assert words in text and 'INSTEAD' not in text and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='locks of Unix')
+def test_two_runs_do_not_write_to_one_folder(dataset, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / 'out')
+    held = runs.lock(tmp_path / 'out')
+    for more in [], ['--init_from=resume']:
+        text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out',
+                      '--max_iters=13', *more, ok=False)  # fmt: skip
+        assert 'another run is writing there now' in text
+        assert [path.name for path in tmp_path.iterdir()] == ['out']
+    held.close()
+    inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=1')
+
+
+def test_without_a_compiler_compile_is_one_clear_line(dataset, trained, tmp_path):
+    nowhere = {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    for command in (
+        ['train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=1'],
+        ['sample.py', f'--out_dir={trained}', '--device=cpu', '--num_samples=1'],
+    ):
+        text = run(*command, '--compile=True', env=nowhere, ok=False)
+        assert '--compile=True does not work here' in text.splitlines()[-1]
+
+
 def test_a_run_needs_a_folder_of_its_own(dataset, tmp_path):
     for out_dir in '.', '..', tmp_path:
         text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}',

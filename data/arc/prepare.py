@@ -8,11 +8,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
+from data.files import (  # noqa: E402
+    load_splits,
+    read_each,
+    read_questions,
+    run_prepare,
+    write_questions,
+)
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
 challenge = False   # ARC-Challenge instead of ARC-Easy
+strict = False      # stop at a row that cannot be read, instead of leaving it out
 
 LETTERS = 'ABCDEFGH'
 
@@ -21,7 +28,7 @@ def simple(row):
     """A row of the data set -> {question: with its choices, a line each, answer: a letter}"""
     texts, labels = row['choices']['text'], row['choices']['label']     # A to D, or 1 to 4
     lines = [f'{letter}. {text}' for letter, text in zip(LETTERS, texts)]
-    return {'question': '\n'.join([row['question'], *lines]),
+    return {'question': '\n'.join([row['question'].strip(), *lines]),
             'answer': LETTERS[labels.index(row['answerKey'])]}
 
 
@@ -42,8 +49,10 @@ def reward(example, answer):
 
 def prepare(source='', folder=HERE):
     found = load_splits(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
-    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'allenai/ai2_arc', conversation,
-                    **{split: list(map(simple, found[split])) for split in ('train', 'test')})
+    source = source or 'allenai/ai2_arc'
+    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source, conversation,
+                    **{split: read_each(found[split], simple, f'{source}, {split}', strict)
+                       for split in ('train', 'test')})
 
 
 if __name__ == '__main__':

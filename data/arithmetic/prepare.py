@@ -18,14 +18,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import run_prepare, write, write_conversations  # noqa: E402
+from data.files import run_prepare, write_conversations  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
-demonstrations = 2000   # worked answers in train.bin
-held_out = 500          # and in val.bin
-difficulty = 2          # digits of the numbers, at most
-in_head = 0.5           # share of easy steps done without the calculator, as people do
+demonstrations = 2000   # worked answers in train.bin; at least 1
+held_out = 500          # and in val.bin; at least 1
+difficulty = 2          # digits of the numbers, at most; from 1 to 9
+in_head = 0.5           # share of easy steps done in the head, as people do; from 0 to 1
 out_dir = ''            # where the token files go; '' is beside this file
 
 WORDINGS = json.loads((HERE / 'wordings.json').read_text(encoding='utf-8'))
@@ -198,12 +198,11 @@ def reward(example, answer):
 
 
 def prepare(folder=HERE):
-    folder = Path(out_dir or folder)
-    write(folder / 'world.json', json.dumps({'digits': difficulty}).encode())
     made = {split: examples(split, digits=difficulty) for split in ('train', 'val')}
     counts = {'train': demonstrations, 'val': held_out}
     write_conversations(
-        folder, tokenizer(), f'{demonstrations} made-up questions',
+        out_dir or folder, tokenizer(), f'{demonstrations} made-up questions',
+        {'world.json': json.dumps({'digits': difficulty}).encode()},
         **{split: [conversation(next(made[split])) for _ in range(count)]
            for split, count in counts.items()})
 

@@ -11,11 +11,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
+from data.files import (  # noqa: E402
+    load_splits,
+    read_each,
+    read_questions,
+    run_prepare,
+    write_questions,
+)
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
 source = ''     # a folder with train.jsonl and test.jsonl; '' fetches openai/gsm8k from the hub
+strict = False  # stop at a row that cannot be read, instead of leaving it out
 
 
 def worked(answer):
@@ -42,6 +49,14 @@ def final(text):
         return words
 
 
+def simple(row):
+    """A row of the data set -> {question, answer}. ValueError if there is no final answer."""
+    row = {name: row[name].strip() for name in ('question', 'answer')}
+    if final(row['answer']) is None or not row['question']:
+        raise ValueError('no question, or no #### and a result')
+    return row
+
+
 def examples(split='train', seed=0):
     """Yields {question, answer}."""
     return read_questions(HERE, split, seed)
@@ -59,9 +74,10 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found = load_splits(source, 'openai/gsm8k', 'main')
-    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'openai/gsm8k', conversation,
-                    **{split: list(map(dict, found[split])) for split in ('train', 'test')})
+    found, source = load_splits(source, 'openai/gsm8k', 'main'), source or 'openai/gsm8k'
+    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source, conversation,
+                    **{split: read_each(found[split], simple, f'{source}, {split}', strict)
+                       for split in ('train', 'test')})
 
 
 if __name__ == '__main__':

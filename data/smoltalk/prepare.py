@@ -13,35 +13,36 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import run_prepare, write_texts  # noqa: E402
+from data.files import load, read_each, run_prepare, write_texts  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''      # local files: 'folder/*.jsonl'; '' fetches HuggingFaceTB/smol-smoltalk
 held_out = 100   # of local files, one conversation in this many is held out; at least 1
+strict = False   # stop at a row that cannot be read, instead of leaving it out
 
 
-def rendered(conversations):
-    """Yields (ids, in play), small in memory; messages of other roles are left out."""
-    tokenizer = Tokenizer({'kind': 'gpt2'})
-    for conversation in conversations:
-        messages = [message for message in conversation['messages']
-                    if message['role'] in ('system', 'user', 'assistant') and message['content']]
-        if any(message['role'] == 'assistant' for message in messages):
-            ids, in_play = tokenizer.render(messages)
-            yield np.array(ids, np.uint16), np.array(in_play, np.uint8)
+def rendered(row):
+    """A row of the data set -> ids, in play, small in memory; other roles are left out."""
+    messages = [message for message in row['messages']
+                if message['role'] in ('system', 'user', 'assistant') and message['content']]
+    if not any(message['role'] == 'assistant' for message in messages):
+        raise ValueError('no message of an assistant')
+    ids, in_play = Tokenizer({'kind': 'gpt2'}).render(messages)
+    return np.array(ids, np.uint16), np.array(in_play, np.uint8)
 
 
 def fetch(source='', folder=HERE):
-    from datasets import load_dataset
     if source and not glob.glob(source):
         raise ValueError(f'--source={source}: no such files')
     if source:
-        found = load_dataset('json', data_files=source, split='train')
+        found = load('json', data_files=source, split='train')
         found = found.train_test_split(test_size=max(1, len(found) // held_out), seed=0)
     else:
-        found = load_dataset('HuggingFaceTB/smol-smoltalk')
-    write_texts(folder, Tokenizer({'kind': 'gpt2'}), source or 'HuggingFaceTB/smol-smoltalk',
-                train=list(rendered(found['train'])), val=list(rendered(found['test'])))
+        found = load('HuggingFaceTB/smol-smoltalk')
+    source = source or 'HuggingFaceTB/smol-smoltalk'
+    train, val = (read_each(found[split], rendered, f'{source}, {split}', strict)
+                  for split in ('train', 'test'))
+    write_texts(folder, Tokenizer({'kind': 'gpt2'}), source, train=train, val=val)
 
 
 if __name__ == '__main__':
