@@ -116,14 +116,24 @@ def open_folder(run, resumed):
         folder.rename(aside)
         say(f'{folder} holds a run already: moved to {aside}')
         run.lock = lock(folder)
-    log = folder / 'log.jsonl'      # of a resumed run, what is beyond its step is left out
-    lines = log.read_text(encoding='utf-8').splitlines() if resumed and log.exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= run.step]
-    write(log, ''.join(line + '\n' for line in kept).encode())
+    kept = [line for line in read_log(folder) if line['step'] <= run.step] if resumed else []
+    write(folder / 'log.jsonl', ''.join(json.dumps(line) + '\n' for line in kept).encode())
     if run.config['wandb_log']:
         import wandb
         wandb.init(project=run.config['wandb_project'], name=run.config['wandb_run_name'],
                    config=run.config)
+
+
+def read_log(folder):
+    """-> the lines of a run's log.jsonl, as dicts; [] if there is none. What is no line of a run,
+    as one that was cut in the middle, is left out."""
+    path, lines = Path(folder, 'log.jsonl'), []
+    for text in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            line = json.loads(text)
+            if line['step'] >= 0 and line['seconds'] >= 0:
+                lines.append(line)
+    return lines
 
 
 def lock(folder):
@@ -181,21 +191,24 @@ def restore(run, checkpoint):
     """Put a run where its checkpoint (nanoGPT's too, {}: none) was saved; its model is loaded."""
     if not checkpoint:
         return
-    states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
-    states = states if isinstance(states, list) else [states]
-    if len(states) != len(run.optimizers):
-        raise ValueError('--init_from=resume continues with the optimizers of the checkpoint: set '
-                         f'--muon_lr to {"a rate" if len(states) > 1 else 0}, as that run had it')
-    for optimizer, state in zip(run.optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
-    if checkpoint.get('scaler'):
-        run.scaler.load_state_dict(checkpoint['scaler'])
-    run.step, run.best = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-    run.seconds = checkpoint.get('seconds', 0.0)
-    run.tokens = checkpoint.get('tokens', run.step * step_tokens(run.config))
+    path = f'{run.config["out_dir"]}/ckpt.pt'
+    try:
+        states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
+        states = states if isinstance(states, list) else [states]
+        if len(states) != len(run.optimizers):
+            raise ValueError('set --muon_lr to ' + ('a rate' if len(states) > 1 else '0')
+                             + ', as that run had it')
+        for optimizer, state in zip(run.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        if checkpoint.get('scaler'):
+            run.scaler.load_state_dict(checkpoint['scaler'])
+        run.step, run.best = int(checkpoint['iter_num']), float(checkpoint['best_val_loss'])
+        run.seconds = float(checkpoint.get('seconds', 0.0))
+        run.tokens = int(checkpoint.get('tokens', run.step * step_tokens(run.config)))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f'--init_from=resume: {path}: {error}') from None
     if all_sum(torch.tensor([float(run.step)]))[0] != run.step * run.world:
-        raise ValueError(f'{run.config["out_dir"]}/ckpt.pt differs between processes: copy it to '
-                         'each node')
+        raise ValueError(f'{path} differs between processes: copy it to each node')
 
 
 def read_checkpoint(path):
@@ -339,8 +352,9 @@ def check_resumed(config, checkpoint, meta):
     for name in 'batch_size', 'gradient_accumulation_steps':
         if known.get(name, config[name]) != config[name]:
             say(f'resuming with {name}={config[name]} instead of {known[name]}')
-    if checkpoint['iter_num'] >= config['max_iters']:
-        say(f'this run has taken its {checkpoint["iter_num"]} steps: raise --max_iters to go on')
+    step = checkpoint.get('iter_num', 0)
+    if isinstance(step, int) and step >= config['max_iters']:
+        say(f'this run has taken its {step} steps: raise --max_iters to go on')
 
 
 def load_reference(run, source):

@@ -1,23 +1,18 @@
 """Pictures of runs: loss.png of one, stages.png of several that followed each other."""
-import json
 from pathlib import Path
 
 import numpy as np
 
+from data.runs import read_log
+
 PANELS = [('loss', 'val_loss'), ('reward', 'accuracy')]     # a line and dots in each
-
-
-def read_log(folder):
-    """-> the lines of a run's log.jsonl, as dicts; [] if there is none"""
-    path = Path(folder, 'log.jsonl')
-    lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def points(log, key, began):
     """-> minutes and values of key in a log. A weighted sum of log p, as RL's, is no loss: none"""
     weighted = any({'reward', 'reward_gap'} & line.keys() for line in log)
-    lines = [] if key == 'loss' and weighted else [line for line in log if key in line]
+    lines = [] if key == 'loss' and weighted else [
+        line for line in log if isinstance(line.get(key), int | float)]
     return [began + line['seconds'] / 60 for line in lines], [line[key] for line in lines]
 
 

@@ -87,7 +87,8 @@ def read(body, chat):
     if not isinstance(given, dict):
         raise Refusal('the body is not a JSON object')
     fields = {name: default for name, (_, default, *_) in FIELDS.items()}
-    # Clients send more fields than a small server knows; these are ignored.
+    # Clients send more fields than a small server knows: these are ignored, and it says so.
+    fields['ignored'] = sorted(given.keys() - FIELDS.keys() - {'model'})
     given = {name: given[name] for name in FIELDS if given.get(name) is not None}
     for name, value in given.items():
         kinds, _, *limits = FIELDS[name]
@@ -173,6 +174,15 @@ class Endpoint:
                  for message in messages]
         room = self.window - self.window // 2
         return self.tokenizer.fit(turns if system else [[], *turns], room)[0]
+
+    def prompts(self, fields, chat):
+        """-> lists of ids. Raises Refusal"""
+        try:
+            if chat:
+                return [self.conversation(fields['messages'])]
+            return list(map(self.encode, fields['prompt']))
+        except ValueError as error:     # a character or an id that the model never saw
+            raise Refusal(str(error), param='messages' if chat else 'prompt') from None
 
     def request(self, prompt, most, fields, seed, chat):
         return ClientRequest(prompt, most, Sampling.of(fields), seed, self.ends,
@@ -290,18 +300,13 @@ class RequestQueue:
 class Completion:
     """A client's call of the API: its requests, and what goes back, whole or chunk by chunk."""
 
-    def __init__(self, endpoint, fields, chat):
+    def __init__(self, endpoint, fields, chat, prompts):
         self.endpoint, self.fields, self.chat = endpoint, fields, chat
         self.changed, self.loop = asyncio.Event(), asyncio.get_running_loop()
         kind = 'chat.completion' if chat else 'text_completion'
         self.head = {'id': ('chatcmpl-' if chat else 'cmpl-') + uuid.uuid4().hex,
                      'object': kind + '.chunk' if chat and fields['stream'] else kind,
                      'created': int(time.time()), 'model': endpoint.name}
-        try:
-            prompts = ([endpoint.conversation(fields['messages'])] if chat
-                       else list(map(endpoint.encode, fields['prompt'])))
-        except ValueError as error:     # a character or an id that the model never saw
-            raise Refusal(str(error), param='messages' if chat else 'prompt') from None
         most = fields['max_completion_tokens'] or fields['max_tokens']
         if most is None:
             most = max(1, endpoint.window - len(prompts[0])) if chat else 16
@@ -432,20 +437,27 @@ class Api:
         kind = http.headers.get('content-type', '').split(';')[0].strip()
         if kind != 'application/json':      # a form of another page could send anything else
             raise Refusal('the Content-Type must be application/json', 415)
+        if {'content-length', 'transfer-encoding'} <= set(http.headers):
+            raise Refusal('a body has a Content-Length or is chunked, not both')
         try:
             body = await asyncio.wait_for(read_body(http), MOST_SECONDS)
         except asyncio.TimeoutError:
             raise Refusal('the body did not come in time', 408) from None
         chat = 'chat' in http.url.path
-        completion = Completion(self.endpoint, read(body, chat), chat)
+        fields = read(body, chat)
+        prompts = await run_in_threadpool(self.endpoint.prompts, fields, chat)
+        completion = Completion(self.endpoint, fields, chat, prompts)
+        ignored = ', '.join(name for name in fields['ignored'] if name.isidentifier())[:1000]
+        headers = {'X-Ignored-Fields': ignored} if ignored.isascii() and ignored else {}
         self.queue.put([request for request in completion.requests if not request.reason])
-        if completion.fields['stream']:
+        if fields['stream']:
             return StreamingResponse(completion.stream(), media_type='text/event-stream',
-                                     headers={'Cache-Control': 'no-store', 'Connection': 'close'})
+                                     headers={'Cache-Control': 'no-store', 'Connection': 'close',
+                                              **headers})
         try:
             async for _ in completion.pieces(http):
                 pass
-            return JSONResponse(await completion.whole(self.score))
+            return JSONResponse(await completion.whole(self.score), headers=headers)
         finally:
             completion.cancel()
 

@@ -256,6 +256,20 @@ def test_bodies_paths_types_and_lengths_are_bounded(server):
     assert connection.getresponse().status == 404
 
 
+def test_fields_that_are_ignored_are_named_and_two_lengths_are_refused(server):
+    body = {'prompt': 'to', 'max_tokens': 2, 'model': 'x', 'frequency_penalty': 1, 'a\r\nb': 1}
+    for more in {}, {'stream': True}:
+        connection = http.client.HTTPConnection('127.0.0.1', server.server_port, timeout=10)
+        connection.request('POST', '/v1/completions', json.dumps({**body, **more}),
+                           {'Content-Type': 'application/json'})  # fmt: skip
+        reply = connection.getresponse()
+        assert reply.status == 200 and reply.getheader('X-Ignored-Fields') == 'frequency_penalty'
+        connection.close()
+    headers = {'Transfer-Encoding': 'chunked', 'Content-Length': '5'}
+    status, reply = post(server, raw=b'0\r\n\r\n', headers=headers)
+    assert status == 400 and 'not both' in reply['error']['message']
+
+
 @pytest.mark.parametrize(
     'headers, status',
     [

@@ -19,9 +19,9 @@ from configurator import read_settings
 from data import files, rows, runs
 from data.files import read_meta
 from data.rows import read_rows
-from data.runs import read_checkpoint
+from data.runs import read_checkpoint, read_log
 from data.tokenizer import Tokenizer
-from extras.plot import draw, points, read_log
+from extras.plot import draw, points
 from model import GPT2
 
 
@@ -691,6 +691,42 @@ def test_without_a_compiler_compile_is_one_clear_line(dataset, trained, tmp_path
     ):
         text = run(*command, '--compile=True', env=nowhere, ok=False)
         assert '--compile=True does not work here' in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    'name, value, words',
+    [
+        ('optimizer', None, "'optimizer'"),
+        ('optimizer', 'x', 'ckpt.pt: '),
+        ('optimizer', [{}], 'ckpt.pt: '),
+        ('optimizer', [], 'set --muon_lr'),
+        ('iter_num', None, "'iter_num'"),
+        ('iter_num', 'x', 'ckpt.pt: '),
+        ('best_val_loss', [], 'ckpt.pt: '),
+        ('seconds', {}, 'ckpt.pt: '),
+        ('tokens', 'many', 'ckpt.pt: '),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_inside_is_one_clear_line(
+    dataset, trained, tmp_path, name, value, words
+):
+    checkpoint = {**read_checkpoint(trained / 'ckpt.pt'), name: value}
+    if value is None:
+        del checkpoint[name]
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}',
+                  '--init_from=resume', '--max_iters=14', ok=False)  # fmt: skip
+    assert '--init_from=resume: ' in text and words in text
+
+
+def test_lines_that_are_none_are_left_out_of_a_log(tmp_path):
+    good = {'step': 3, 'seconds': 1.5, 'loss': 2.0}
+    odd = ['', '[]', 'null', '{}', '3', '{"step":"x"}', '{"step": 1}', '[' * 99999, '{"step": 1,']
+    (tmp_path / 'log.jsonl').write_text('\n'.join([*odd, json.dumps(good), *odd]))
+    assert read_log(tmp_path) == [good]
+    draw([tmp_path], tmp_path / 'loss.png', 'odd')
+    (tmp_path / 'log.jsonl').write_text(json.dumps({**good, 'loss': 'x', 'val_loss': None}))
+    draw([tmp_path], tmp_path / 'loss.png', 'odd')
 
 
 def test_a_run_needs_a_folder_of_its_own(dataset, tmp_path):
