@@ -23,10 +23,10 @@ from data.runs import load_model
 init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
 out_dir = 'out'         # the run to sample from
 start = '\n'            # the prompt, or FILE:prompt.txt; <|endoftext|> in it is the token
-num_samples = 10        # how many, side by side in one batch; at least 1
+num_samples = 10        # how many, side by side in one batch; from 1 to 1e5
 max_new_tokens = 500    # in each sample; at least 1
 ignore_end = False      # continue after the end token
-seed = 1337             # sample i depends on seed + i alone; at least 0
+seed = 1337             # sample i depends on seed + i alone; from 0 to 1e18
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 quantize = ''           # int8: 8-bit weights (extras/int8.py)

@@ -41,7 +41,8 @@ init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-la
 out_dir = 'out'              # where checkpoints, the log and the picture go
 dataset = 'openwebtext'      # a folder in data/, or a mixture: a:0.8,b:0.2
 fallback_dataset = ''        # instead of dataset, if that can be neither found nor downloaded
-seed = 1337                  # all randomness is from (seed, step, microstep, rank); at least 0
+verify = False               # compare the data's checksums with those it was written with
+seed = 1337                  # all randomness is from (seed, step, microstep, rank); from 0 to 1e18
 eval_only = False            # evaluate once and stop
 dry_run = False              # print what the run would take (extras/card.py) and stop
 explain = False              # print a batch, token by token (extras/explain.py), and stop
@@ -262,10 +263,9 @@ def log_step(run, losses, norm, seconds, tokens):
     means = torch.tensor([np.mean(values) for values in run.notes.values()])
     run.notes, names = {}, list(run.notes)
     notes = dict(zip(names, all_sum(means / run.world), strict=True))
-    loss = float(np.mean(losses))
-    runs.log(run, loss=loss, norm=norm, lr=learning_rate * schedule(run.step - 1),
+    runs.log(run, loss=float(np.mean(losses)), norm=norm, lr=learning_rate * schedule(run.step - 1),
              tokens_per_second=rate, **notes)
-    say(f'step {run.step}: loss {loss:.4f}, {1e3 * seconds / len(losses):.0f} ms, '
+    say(f'step {run.step}: loss {np.mean(losses):.4f}, {1e3 * seconds / len(losses):.0f} ms, '
         f'{rate:,.0f} tokens/s' + ''.join(f', {name} {value:.3g}' for name, value in notes.items())
         + f', {left:.1f} minutes left')
 

@@ -261,8 +261,10 @@ def mixture_of(dataset):
     """'a:0.8,b:0.2' -> {data/a: 0.8, data/b: 0.2}, 'a' -> {data/a: 1.0}; a folder that exists is
     that folder, whatever its name. ValueError if it is none of these."""
     parts = {}
-    for part in [dataset] if DATA.joinpath(dataset).is_dir() else dataset.split(','):
+    for part in [dataset] if dataset and (DATA / dataset).is_dir() else dataset.split(','):
         name, _, share = part.strip().rpartition(':')
+        if not part.strip():
+            raise ValueError(f'--dataset={dataset}: a data set without a name')
         alone = not name or DATA.joinpath(part).is_dir()
         try:
             parts[DATA / (part.strip() if alone else name)] = 1.0 if alone else float(share)
@@ -288,6 +290,14 @@ def find_data(dataset, prepare=True):
                 raise ValueError(f'data/{folder.name}: the source has no column {error}') from None
         elif why:
             raise ConnectionError(why) if not prepare else ValueError(why)
+
+
+def verify(folder):
+    """Raises ValueError if a file of a data set is not what its meta.json says by checksum."""
+    for name, known in read_meta(folder).get('sha256', {}).items():
+        path = folder / (name if name.endswith('.bin') else f'{name}.bin')
+        if hashlib.sha256(np.memmap(path, mode='r')).hexdigest() != known:
+            raise ValueError(f'{path}: not what was written (checksum differs); prepare it again')
 
 
 def missing(folder):

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.files import DATA, find_data, missing, mixture_of, read_meta, say, write
+from data.files import DATA, find_data, missing, mixture_of, read_meta, say, verify, write
 from data.rows import TEXT_STAGES, all_sum
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, same_ids
 from model import GPT, GPT2, GPTConfig
 
 
@@ -87,6 +87,8 @@ def choose_data(config, origin, local_rank):
         config.update(dataset=fallback, out_dir=out_dir)
         say(f'{error}\n!!! NOT {dataset.upper()}: TRAINING ON {fallback.upper()} INSTEAD, IN '
             f'{out_dir} !!!')
+    for folder in mixture_of(config['dataset']) if config['verify'] else ():
+        verify(folder)
     if not local_rank and dist.is_initialized():
         dist.barrier()
 
@@ -291,7 +293,7 @@ def load_fitting(source, config, meta):
     """-> a model that fits the data and the settings of a run, and its checkpoint (ValueError)"""
     model, tokenizer, checkpoint = load_model(source, config['dropout'])
     dataset, block_size = config['dataset'], config['block_size']
-    if tokenizer.spec != meta['tokenizer'] and not config['dry_run']:
+    if not (config['dry_run'] or same_ids(tokenizer.spec, meta['tokenizer'])):
         raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
     if config['stage'] not in TEXT_STAGES and model.config.vocab_size < meta['vocab_size']:
         model = widen(model, meta['vocab_size'])      # GPT-2 knows no chat tokens

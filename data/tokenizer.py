@@ -31,6 +31,14 @@ def check_spec(spec):
             raise ValueError(f'a {spec["kind"]} tokenizer whose {name} are damaged')
 
 
+def same_ids(*specs):
+    """Whether two specs mean the same by each id that both know: one of characters may have fewer,
+    as nanoGPT's, which have no special tokens."""
+    if any(spec['kind'] != 'char' for spec in specs):
+        return specs[0] == specs[1]
+    return all(a == b for a, b in zip(*([*spec['chars'], *spec['special']] for spec in specs)))
+
+
 @functools.cache
 def gpt2_encoding():
     """GPT-2's byte pairs, with the chat tokens in ids 50257 and up, where its table is padding."""

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -21,7 +22,7 @@ from data.files import (
     read_text,
     write_tokens,
 )
-from data.tokenizer import SPECIAL, Tokenizer
+from data.tokenizer import SPECIAL, Tokenizer, same_ids
 
 MIXED = 'naïve 🙂 سلام 你好 é'
 
@@ -192,6 +193,23 @@ def test_a_data_set_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, mon
     with pytest.raises(OSError, match='what was there before is intact'):
         files.write_conversations(tmp_path, words, 'z', {'more.json': b'3'}, train=talk, val=talk)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_verify_finds_a_byte_that_was_changed(tmp_path, dataset):
+    shutil.copytree(dataset, tmp_path / 'copy')
+    files.verify(tmp_path / 'copy')
+    path = tmp_path / 'copy' / 'val.bin'
+    path.write_bytes(path.read_bytes()[:-1] + b'\1')
+    with pytest.raises(ValueError, match='val.bin: not what was written'):
+        files.verify(tmp_path / 'copy')
+
+
+def test_ids_that_two_tokenizers_of_characters_know_must_agree():
+    ours = Tokenizer.of_text('abc').spec
+    theirs = {'kind': 'char', 'chars': 'abc', 'special': []}
+    assert same_ids(ours, theirs) and same_ids(theirs, ours) and same_ids(ours, ours)
+    for other in [{**theirs, 'chars': 'abd'}, {**theirs, 'chars': 'abcd'}, {'kind': 'gpt2'}]:
+        assert not same_ids(ours, other) and not same_ids(other, ours)
 
 
 def test_a_file_cut_by_whole_tokens_is_named(tmp_path):

@@ -558,6 +558,8 @@ def test_a_mixture_is_validated_by_its_shares(talks, settings, tmp_path):
         ('a:0,b:1', 'a number above 0'),
         ('a:-1,b:1', 'a number above 0'),
         ('a:0.5,b:nan', 'a number above 0'),
+        ('', 'without a name'),
+        ('a:0.5,', 'without a name'),
     ],
 )
 def test_a_mixture_that_is_none_is_refused(name, words):
