@@ -266,8 +266,11 @@ def mixture_of(dataset):
         if not part.strip():
             raise ValueError(f'--dataset={dataset}: a data set without a name')
         alone = not name or DATA.joinpath(part).is_dir()
+        folder = DATA / (part.strip() if alone else name)
+        if folder in parts:
+            raise ValueError(f'--dataset={dataset}: {folder.name} is there twice')
         try:
-            parts[DATA / (part.strip() if alone else name)] = 1.0 if alone else float(share)
+            parts[folder] = 1.0 if alone else float(share)
         except ValueError:
             raise ValueError(f'--dataset={dataset}: a mixture is written a:0.8,b:0.2') from None
     if not all(0 < share <= 1e6 for share in parts.values()):
@@ -286,8 +289,10 @@ def find_data(dataset, prepare=True):
         if hasattr(script, 'prepare'):
             try:
                 script.prepare()
-            except KeyError as error:
-                raise ValueError(f'data/{folder.name}: the source has no column {error}') from None
+            except (OSError, ValueError, ImportError):
+                raise
+            except Exception as error:      # somebody's own script
+                raise ValueError(f'{folder}/prepare.py: {type(error).__name__}: {error}') from None
         elif why:
             raise ConnectionError(why) if not prepare else ValueError(why)
 
@@ -343,7 +348,10 @@ def script_of(folder):
     spec = importlib.util.spec_from_file_location(f'data.{folder.name}.prepare',
                                                   folder / 'prepare.py')
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f'{folder}/prepare.py: {type(error).__name__}: {error}') from None
     return module
 
 

@@ -34,6 +34,10 @@ def read_rows(run):
     train, val = (Mixture(run.data, split, block_size + 1, run.model.config.vocab_size,
                           packed=run.config['stage'] not in TEXT_STAGES)
                   for split in ('train', 'val'))
+    if run.config['stage'] not in TEXT_STAGES:
+        for folder, source in zip(run.data, train.sources, strict=True):
+            if isinstance(source, Tokens):
+                say(f'{folder}: it has no masks, so all of it is in play')
     if train.truncated + val.truncated:
         say(f'{train.truncated + val.truncated} conversations are longer than '
             f'--block_size={block_size}: truncated')

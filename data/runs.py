@@ -55,6 +55,8 @@ def check(config, stage, schedules):
         raise ValueError(f'--out_dir={config["out_dir"]}: a run needs a folder of its own')
     if config['wandb_log']:
         import wandb  # noqa: F401  so that a missing one is said before anything is done
+    if config['compile'] is None and torch.cuda.is_available():     # then it is a default:
+        torch._dynamo.config.suppress_errors = True     # what cannot be compiled runs as it is
     writes = not (config['eval_only'] or config['dry_run'])
     for name in 'init_from', 'teacher':
         source = config.get(name) or 'scratch'

@@ -63,6 +63,8 @@ def main():
     config, _ = configure(globals(), others=lambda values: [Sampling()])
     if not folder:
         raise ValueError('--folder= says where the data set goes, such as data/my_answers')
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f'--folder={folder}: is a file')
     script = script_of(Path(folder))
     if script and not hasattr(script, 'COMMAND'):
         raise ValueError(f'--folder={folder} holds another data set: choose a new folder')

@@ -195,6 +195,15 @@ def test_a_data_set_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, mon
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    'script', ['1 / 0', 'def prepare(:', 'def prepare():\n    1 / 0', 'import sys; x = {}["a"]']
+)
+def test_a_prepare_py_of_ones_own_that_fails_is_named(tmp_path, script):
+    (tmp_path / 'prepare.py').write_text(script)
+    with pytest.raises(ValueError, match='prepare.py: (ZeroDivision|Syntax|Key)Error: '):
+        files.find_data(str(tmp_path))
+
+
 def test_verify_finds_a_byte_that_was_changed(tmp_path, dataset):
     shutil.copytree(dataset, tmp_path / 'copy')
     files.verify(tmp_path / 'copy')

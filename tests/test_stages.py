@@ -559,6 +559,7 @@ def test_a_mixture_is_validated_by_its_shares(talks, settings, tmp_path):
         ('a:-1,b:1', 'a number above 0'),
         ('a:0.5,b:nan', 'a number above 0'),
         ('', 'without a name'),
+        ('a:0.5,a:0.5', 'a is there twice'),
         ('a:0.5,', 'without a name'),
     ],
 )
