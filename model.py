@@ -17,11 +17,11 @@ from torch.nn import functional as F
 @dataclass
 class GPTConfig:
     vocab_size: int            # the data's: ids 0 .. vocab_size-1; the tables may have more rows
-    block_size: int = 1024     # the longest context, in tokens; at least 1
-    n_layer: int = 12          # blocks; at least 1
-    n_head: int = 12           # query heads; fewer, wider ones are cheaper; at least 1
+    block_size: int = 1024     # the longest context, in tokens; from 1 to 1e8
+    n_layer: int = 12          # blocks; from 1 to 1e4
+    n_head: int = 12           # query heads; fewer, wider ones are cheaper; from 1 to 1e4
     n_kv_head: int = 0         # key and value heads, fewer for grouped ones; 0: n_head; at least 0
-    n_embd: int = 768          # width; at least 1
+    n_embd: int = 768          # width; from 1 to 1e7
     dropout: float = 0.0       # for many epochs over little data; from 0 to 0.99
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
     norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
@@ -31,8 +31,8 @@ class GPTConfig:
     tied: bool = False         # one table for the embedding and the head
     zero_init: bool = True     # projections into the residual stream, and the head, start at zero
     x0: bool = True            # each block sees the embedding again, with a learned weight
-    ngrams: int = 1            # embed the last 2 .. ngrams ids too (arXiv:2501.16975); at least 1
-    ngram_rows: int = 32768    # rows of the table that they are hashed into; at least 1
+    ngrams: int = 1            # embed the last 2 .. ngrams ids too (arXiv:2501.16975); from 1 to 64
+    ngram_rows: int = 32768    # rows of the table that they are hashed into; from 1 to 1e9
     vocab_multiple: int = 64   # token tables have a multiple of this many rows; at least 1
 
     def __post_init__(self):

@@ -56,9 +56,9 @@ wandb_log = False            # log to Weights & Biases too
 wandb_project = 'oneloop'    # its project
 wandb_run_name = 'gpt2'      # and its name for this run
 # a step; the network's settings are the fields of GPTConfig in model.py: --n_layer=12 ...
-gradient_accumulation_steps = 40   # microbatches in a step, over all processes; at least 1
-batch_size = 12              # rows in a microbatch: what fits into memory; at least 1
-block_size = 1024            # tokens in a row; at least 1
+gradient_accumulation_steps = 40   # microbatches in a step, over all processes; from 1 to 1e6
+batch_size = 12              # rows in a microbatch: what fits into memory; from 1 to 1e6
+block_size = 1024            # tokens in a row; from 1 to 1e8
 # the optimizers
 learning_rate = 6e-4         # AdamW's peak; at least 1e-9
 muon_lr = 0.0                # Muon's peak, on the layers' matrices; 0: AdamW alone; at least 0

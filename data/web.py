@@ -32,7 +32,10 @@ def groups_of(path):
     """-> where each row group of a file begins: its number in parquet, its first byte in jsonl."""
     if path.endswith('.parquet'):
         import pyarrow.parquet as pq
-        return range(pq.ParquetFile(path).num_row_groups)
+        try:
+            return range(pq.ParquetFile(path).num_row_groups)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from None
     with open(path, 'rb') as lines:
         starts = itertools.accumulate(map(len, lines), initial=0)
         size = Path(path).stat().st_size

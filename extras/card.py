@@ -89,13 +89,14 @@ def reference_parameters(run):
 def price(flops):
     """-> hours, and dollars, of so many FLOPs on `gpus`"""
     machine = extra('machine')
-    count, _, name = gpus.partition('x') if gpus[:1].isdigit() else ('1', '', gpus)
-    peak = machine.gpu_flops(name) if machine and count.isdigit() and int(count) else None
+    count, x, name = gpus.rpartition('x')
+    count = int(count) if count.isdecimal() else int(not x)
+    peak = machine.GPU_FLOPS.get(name) if machine and count else None
     if not peak:
         raise ValueError(f'--gpus={gpus}: write a number and a GPU of extras/machine.py: 8xH100')
-    hours = flops / (int(count) * peak * share_of_peak) / 3600
+    hours = flops / (count * peak * share_of_peak) / 3600
     text = (f'{hours:,.1f} hours at {share_of_peak:.0%} of the peak of '
             f'{peak / 1e12:,.0f} TFLOP/s each (an assumption: --share_of_peak=)')
     if dollars_per_gpu_hour:
-        text += f', {hours * int(count) * dollars_per_gpu_hour:,.0f} dollars'
+        text += f', {hours * count * dollars_per_gpu_hour:,.0f} dollars'
     return text

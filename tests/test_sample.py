@@ -294,7 +294,7 @@ def test_the_end_token_in_a_prompt_is_the_token(trained):
         (['--start=FILE:/nowhere'], 'No such file'),
         (['--device=tpu'], 'choose cuda'),
         (['--dtype=float16', '--device=cpu'], 'float16 (only on CUDA)'),
-        (['--num_samples=0'], 'num_samples=0: must be at least 1'),
+        (['--num_samples=0'], 'num_samples=0: must be from 1 to'),
         (['--quantize=int4'], '--quantize=int4: choose int8'),
     ],
 )

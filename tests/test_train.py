@@ -538,7 +538,7 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
     [
         (['--n_head=3'], 'does not divide into n_head = 3'),
         (['--dataset=nowhere'], 'there are:'),
-        (['--batch_size=0'], 'batch_size=0: must be at least 1'),
+        (['--batch_size=0'], 'batch_size=0: must be from 1 to'),
         (['--stage=dream'], 'no such stage; there are: pretrain'),
         (['--block_size=4000'], 'make --block_size smaller'),
         (['--init_from=/nowhere'], 'no run there'),
@@ -548,6 +548,9 @@ def test_without_a_data_set_the_fallback_is_named_in_every_record(tmp_path, monk
         (['--norm=batch'], "norm = 'batch'"),
         (['--dropout=2'], 'dropout'),
         (['--min_lr=1'], '--min_lr=1.0 is above --learning_rate=0.003'),
+        (['--n_layer=1000000'], 'must be from 1 to 1e4'),
+        (['--dry_run=True', '--gpus=0xH100'], 'write a number and a GPU'),
+        (['--dry_run=True', '--gpus=-3xH100'], 'write a number and a GPU'),
         (['--warmdown=0'], 'warmdown=0: must be from 1e-6 to 1'),
     ],
     ids=str,
