@@ -114,7 +114,8 @@ def inside(script, *arguments, cwd=None, ok=True):
     name = script.removesuffix('.py').replace('/', '.')
     printed = io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True)
     module, refusal = importlib.import_module(name), None
-    rooms = [importlib.import_module(f'stages.{room}') for room in ('rl', 'dpo', 'distill')]
+    names = 'stages.rl', 'stages.dpo', 'stages.distill', 'extras.card'
+    rooms = list(map(importlib.import_module, names))
     before = [(each, dict(vars(each))) for each in (module, *rooms)]
     with (
         contextlib.redirect_stdout(printed),
