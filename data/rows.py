@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.files import Tokens, say
+from data.files import say
+from data.tokens import Tokens
 
 TEXT_STAGES = 'pretrain', 'finetune'    # in which all of a conversation is in play
 

@@ -28,10 +28,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import auto_device, configure, read_settings  # noqa: E402
 from data import tasks  # noqa: E402
-from data.files import DATA, Tokens  # noqa: E402
+from data.files import DATA  # noqa: E402
 from data.rows import microbatches, pad  # noqa: E402
 from data.runs import load_model  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from data.tokens import Tokens  # noqa: E402
 from extras.gpt2 import load_gpt2  # noqa: E402
 from extras.int8 import quantize_model  # noqa: E402
 from extras.machine import bandwidth_share  # noqa: E402

@@ -14,7 +14,6 @@ from conftest import ROOT, TEXT, run
 
 from data import files, web
 from data.files import (
-    Tokens,
     download,
     missing,
     mixture_of,
@@ -23,6 +22,7 @@ from data.files import (
     write_tokens,
 )
 from data.tokenizer import SPECIAL, Tokenizer, same_ids
+from data.tokens import Tokens
 
 MIXED = 'naïve 🙂 سلام 你好 é'
 
@@ -98,7 +98,7 @@ def test_reading_a_huge_file_keeps_memory_flat(tmp_path):
     with open(tmp_path / 'train.bin', 'wb') as file:
         file.truncate(20 * 10**9)
     code = (
-        'import numpy as np, resource, sys; from data.files import Tokens;'
+        'import numpy as np, resource, sys; from data.tokens import Tokens;'
         't, rng = Tokens(sys.argv[1], "train"), np.random.default_rng(0);'
         'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;'
         't.windows(rng.integers(len(t) - 1025, size=64), 1025); before = peak();'
