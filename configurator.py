@@ -1,8 +1,8 @@
 """Settings, and what `auto` means here.
 
-A script's settings are the names assigned above its first function or class; a dataclass's are its
-fields. The comment behind each is its help, and its range if it ends in "at least 1" or "from 0 to
-1". Config files (Python) and --key=value are laid over them from left to right; the last one wins.
+A script's settings are the names assigned above its first function or class, a dataclass's are its
+fields. Their comments are the help, and the range if they end in "at least 1" or "from 0 to 1".
+Config files (Python) and --key=value are laid over them from left to right; the last one wins.
 """
 import ast
 import difflib
@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str}
-MEANT = {   # what users of other programs type
-    'lr': 'learning_rate', 'epochs': 'max_iters', 'steps': 'max_iters', 'batch': 'batch_size',
-    'context': 'block_size', 'layers': 'n_layer', 'heads': 'n_head', 'schedule': 'lr_schedule'}
+MEANT = {'lr': 'learning_rate', 'epochs': 'max_iters', 'steps': 'max_iters', 'layers': 'n_layer',
+         'batch': 'batch_size', 'context': 'block_size', 'schedule': 'lr_schedule'}   # elsewhere
 WORDS = {'true': True, '1': True, 'false': False, '0': False, 'none': None}
 
 
@@ -28,9 +27,8 @@ def read_settings(*sources):
     """sources: scripts' globals(), dataclasses or instances of one -> {name: (type, comment)}"""
     found = {}
     for source in sources:      # of two settings of one name, the first source's counts
-        kind = source if isinstance(source, type) else type(source)
-        text = (Path(source['__file__']).read_text(encoding='utf-8') if kind is dict
-                else inspect.getsource(kind))
+        text = (Path(source['__file__']).read_text(encoding='utf-8') if isinstance(source, dict)
+                else inspect.getsource(source if isinstance(source, type) else type(source)))
         found = found | parse(text) | found
     return found
 
@@ -113,7 +111,7 @@ def apply_layers(layers, sources):
 def configure(namespace, argv=None, others=lambda values: []):
     """Set a script's settings in namespace, its globals(), from argv (None: the command line).
     others: {name: value} so far -> more sources, as a stage's globals(), which are set as well.
-    -> {name: value}, {name: layer that set it}. Raises ValueError for the first wrong setting."""
+    -> {name: value}, {name: layer that set it}. ValueError for the first wrong setting."""
     layers, sources, argv = [], [namespace], sys.argv[1:] if argv is None else argv
     for arg in [*argv, '']:
         sources = [namespace, *others(apply_layers(layers, sources)[0])]
@@ -141,10 +139,11 @@ def configure(namespace, argv=None, others=lambda values: []):
 def auto_device(device='auto', local_rank=0):
     """-> 'cuda:<local_rank>', 'mps' or 'cpu': the best here, or what was asked for (ValueError)."""
     if device == 'auto':
-        device = (torch.accelerator.current_accelerator(True) or torch.device('cpu')).type
+        mps = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else mps
     device = f'cuda:{local_rank}' if device == 'cuda' else device
     try:
-        torch.zeros(1, device=device).item()
+        torch.empty(0, device=device).tolist()      # of no size: a GPU may be full
     except (RuntimeError, AssertionError):      # the latter of a build without CUDA
         raise ValueError(f'--device={device}: PyTorch finds no such device; choose cuda, mps or '
                          'cpu') from None

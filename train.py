@@ -40,7 +40,7 @@ stage = 'pretrain'           # pretrain, finetune (the same), sft, or a file of 
 init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-large|-xl]
 out_dir = 'out'              # where checkpoints, the log and the picture go
 dataset = 'openwebtext'      # a folder in data/, or a mixture: a:0.8,b:0.2
-fallback_dataset = ''        # instead of dataset, if that can be neither found nor downloaded
+fallback_dataset = ''        # instead of dataset, if that cannot be downloaded
 verify = False               # compare the data's checksums with those it was written with
 seed = 1337                  # all randomness is from (seed, step, microstep, rank); from 0 to 1e18
 eval_only = False            # evaluate once and stop
@@ -176,14 +176,14 @@ def loop(run, batches, evaluate):
         if run.skipped:
             say(f'step {run.step}: loss {loss} or its gradient is not finite: skipped, '
                 f'{run.skipped} in a row')
-        if run.skipped >= MAX_SKIPS or run.skipped and run.step == max_iters:
-            raise ValueError(f'{run.skipped} updates in a row not finite: lower --learning_rate '
-                             'and --muon_lr; out_dir has the last good checkpoint, if any')
         if run.step % log_interval == 0:
             log_step(run, losses, norm, *since)
             losses, since = [], (run.seconds, run.tokens)
         if run.step % eval_interval == 0 or run.step == max_iters:
             assess(run, evaluate)
+        if run.skipped >= MAX_SKIPS or run.skipped and run.step == max_iters:
+            raise ValueError(f'{run.skipped} updates in a row not finite: lower --learning_rate '
+                             'and --muon_lr; out_dir has the last good checkpoint, if any')
     bar.close()
     if run.stop:
         runs.save(run, 'ckpt.pt')

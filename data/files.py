@@ -103,13 +103,13 @@ def write_all(contents):
                 content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for path, new in temporary.items():
-            os.replace(new, path)
     except (OSError, RuntimeError) as error:    # torch reports a full disk as a RuntimeError
         for new in temporary.values():
             new.unlink(missing_ok=True)
         raise OSError(f'{path}: cannot be written ({str(error).splitlines()[0]}); what was there '
                       'before is intact') from None
+    for path, new in temporary.items():
+        os.replace(new, path)
 
 
 def write_tokens(folder, tokenizer, source, files=None, **splits):
@@ -292,6 +292,9 @@ def find_data(dataset, prepare=True):
                 raise
             except Exception as error:      # somebody's own script
                 raise ValueError(f'{folder}/prepare.py: {type(error).__name__}: {error}') from None
+            why = missing(folder)
+            if why:
+                raise ValueError(why)
         elif why:
             raise ConnectionError(why) if not prepare else ValueError(why)
 

@@ -68,8 +68,8 @@ def check(config, stage, schedules):
 
 def choose_data(config, origin, local_rank):
     """
-    Prepare dataset or, if that is the choice of the same layer and cannot be downloaded,
-    fallback_dataset, with a warning. The first process of a machine does; the others wait.
+    Prepare dataset or, if that cannot be downloaded, the fallback_dataset of the same layer (or of
+    the command line), with a warning. The first process of a machine does; the others wait.
     origin: {setting: the layer that set it}. Changes dataset and out_dir in config
     """
     dataset, fallback = config['dataset'], config['fallback_dataset']
@@ -82,7 +82,8 @@ def choose_data(config, origin, local_rank):
     try:
         find_data(dataset, prepare=not local_rank)
     except ConnectionError as error:
-        if not fallback or origin.get('dataset') != origin.get('fallback_dataset'):
+        own = origin.get('fallback_dataset') in ('command line', origin.get('dataset'))
+        if not fallback or not own:
             raise
         find_data(fallback, prepare=not local_rank)
         out_dir = config['out_dir'].replace(dataset.replace('_', '-'), fallback.replace('_', '-'))
@@ -144,13 +145,17 @@ def lock(folder):
     """-> the open file that is locked while a run writes to folder: until it is closed, or its
     process ends. ValueError if another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / 'lock', 'w')
-    with contextlib.suppress(ImportError):      # Windows has no such locks
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f'{folder}: another run is writing there now') from None
+    except ImportError:     # Windows has no such locks
+        return None
+    file = open(folder / 'lock', 'w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'{folder}: another run is writing there now') from None
+    except OSError:         # nor have some file systems of a network
+        pass
     return file
 
 
@@ -177,11 +182,11 @@ def how_to_resume(run):
 def save(run, name):
     """Write out_dir/name, a checkpoint: under a temporary name, then renamed, so never half.
     ValueError for weights that are not finite: a good checkpoint is not replaced by those."""
-    if run.rank:
-        return
     if not all(p.isfinite().all() for p in run.model.parameters()):
         raise ValueError(f'the weights of step {run.step} are not finite, and not saved: lower '
                          '--learning_rate and --muon_lr')
+    if run.rank:
+        return
     content = {
         'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
         'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
@@ -299,6 +304,8 @@ def load_fitting(source, config, meta):
         raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
     if config['stage'] not in TEXT_STAGES and model.config.vocab_size < meta['vocab_size']:
         model = widen(model, meta['vocab_size'])      # GPT-2 knows no chat tokens
+    elif model.config.vocab_size < meta['vocab_size']:
+        meta['tokenizer'] = tokenizer.spec      # nanoGPT's characters without the special tokens
     if block_size > model.config.block_size:
         raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
     return model, checkpoint
@@ -322,7 +329,7 @@ def make_model(config, origin, meta):
     elif init_from != 'scratch':
         source = f'{out_dir}/ckpt.pt' if init_from == 'resume' else init_from
         model, checkpoint = load_fitting(source, config, meta)
-        if init_from == 'resume':
+        if init_from == 'resume' and not (config['eval_only'] or config['dry_run']):
             check_resumed(config, checkpoint, meta)
         adopt(config, origin, source, model)
         return model, checkpoint
@@ -332,16 +339,20 @@ def make_model(config, origin, meta):
 
 
 def adopt(config, origin, source, model):
-    """Settings of the network become those of a loaded model; one that asks for others is refused,
-    but for dropout and a shorter block_size."""
+    """Settings of the network become those of a loaded model, but for dropout and a shorter
+    block_size. One that asks for others is refused; of a config file, if another run is loaded, it
+    is said: a layer may be there for its other settings."""
     for name, value in asdict(model.config).items():
-        free = name in ('vocab_size', 'dropout', 'block_size') or (name, config[name]) == (
-            'n_kv_head', 0)
-        if name in origin and config[name] != value and not free:
-            raise ValueError(f'--{name}={config[name]}, of {origin[name]}: {source} has {name}='
-                             f'{value}, which cannot be changed')
-        if name not in ('vocab_size', 'dropout', 'block_size'):
-            config[name] = value
+        if name in ('vocab_size', 'dropout', 'block_size'):
+            continue
+        padding = name == 'vocab_multiple' or (name, config[name]) == ('n_kv_head', 0)
+        if name in origin and config[name] != value and not padding:
+            text = (f'--{name}={config[name]}, of {origin[name]}: {source} has {name}={value}, '
+                    'which cannot be changed')
+            if origin[name] == 'command line' or config['init_from'] == 'resume':
+                raise ValueError(text)
+            say(text)
+        config[name] = value
 
 
 def check_resumed(config, checkpoint, meta):

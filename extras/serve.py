@@ -265,6 +265,7 @@ class RequestQueue:
         """The decoding loop's iterator of requests; it gives None when there are none."""
         while self.open:
             with self.changed:
+                self.waiting = [request for request in self.waiting if not request.cancelled]
                 request = self.waiting.pop(0) if self.waiting else None
                 if request:
                     self.live.append(request)

@@ -624,6 +624,37 @@ def test_a_network_that_is_loaded_is_not_another_one(
     assert setting + ', of command line' in text and words in text
 
 
+def test_a_layer_of_settings_for_another_network_is_said_not_refused(dataset, trained, tmp_path):
+    (tmp_path / 'layer.py').write_text("activation = 'gelu'\nvocab_multiple = 1\n")
+    rest = [setting for setting in TINY if not setting.startswith('--n_')]
+    common = [str(tmp_path / 'layer.py'), *rest, f'--dataset={dataset}', '--max_iters=1']
+    text = inside('train.py', *common, f'--init_from={trained}', f'--out_dir={tmp_path}/out')
+    assert f'--activation=gelu, of {tmp_path}/layer.py: {trained} has activation=relu2' in text
+    assert 'vocab_multiple' not in text.replace('settings', '').split('which cannot')[0]
+    shutil.copytree(trained, tmp_path / 'again')
+    common += ['--init_from=resume', f'--out_dir={tmp_path}/again']
+    text = inside('train.py', *common, ok=False)
+    assert 'has activation=relu2' in text
+
+
+def test_a_run_is_evaluated_on_other_data(dataset, trained, tmp_path):
+    shutil.copytree(dataset, tmp_path / 'other')
+    common = [*TINY, f'--out_dir={trained}', '--init_from=resume', f'--dataset={tmp_path}/other']
+    assert 'val_loss' in inside('train.py', *common, '--eval_only=True', '--seed=5')
+
+
+def test_nanogpts_characters_go_on_with_data_that_has_special_tokens(dataset, tmp_path):
+    saved = tiny(vocab_size=len(Tokenizer(read_meta(dataset)['tokenizer']).chars), block_size=16,
+                 vocab_multiple=1)  # fmt: skip
+    spec = {**read_meta(dataset)['tokenizer'], 'special': []}
+    checkpoint = {'model': saved.state_dict(), 'model_args': vars(saved.config), 'tokenizer': spec}
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
+    rest = [setting for setting in TINY if not setting.startswith('--n_')]
+    inside('train.py', *rest, f'--dataset={dataset}', f'--init_from={tmp_path}/ckpt.pt',
+           f'--out_dir={tmp_path}/out', '--max_iters=1')  # fmt: skip
+    assert read_checkpoint(tmp_path / 'out' / 'ckpt.pt')['tokenizer'] == spec
+
+
 def test_a_run_records_the_network_that_it_has(dataset, trained, tmp_path):
     rest = [setting for setting in TINY if not setting.startswith('--n_')]
     inside('train.py', *rest, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=1',
