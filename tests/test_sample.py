@@ -152,6 +152,21 @@ def test_samples_of_one_prompt_share_its_prefill(model):
     assert generate(model, [prompt] * 2, 3, seed=4)[1] == generate(model, [prompt], 3, seed=5)[0]
 
 
+def test_a_context_is_read_in_one_pass_also_after_a_prompt_that_fills_the_window(monkeypatch):
+    model, shapes = tiny(block_size=24), []
+    forward = model.forward
+
+    def watched(idx, **how):
+        shapes.append(tuple(idx.shape))
+        return forward(idx, **how)
+
+    monkeypatch.setattr(model, 'forward', watched)
+    for _ in decode(model, [Request([1] * 24, 4), Request([2] * 10, 4)], 2):
+        pass
+    assert shapes[:3] == [(1, 24), (1, 12), (1, 10)]  # the later half of the window is read again
+    assert shapes[3:] and all(width == 1 for _, width in shapes[3:])
+
+
 def test_a_prompt_is_not_shared_once_its_window_has_slid(model):
     prompt = [5, 6, 7, 8, 9]
     requests = [Request(prompt, 60), Request([1], 35), Request(prompt, 15, seed=8)]

@@ -601,7 +601,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_named(trained, tmp_path):
 def test_resuming_where_only_the_best_checkpoint_is_left_does_not_start_anew(trained, tmp_path):
     shutil.copy(trained / 'best.pt', tmp_path)
     text = inside('train.py', *TINY, f'--out_dir={tmp_path}', '--init_from=resume',
-                  '--dataset=pydocs_char', ok=False)  # fmt: skip
+                  '--dataset=pydocs_char', '--max_iters=1', ok=False)  # fmt: skip
     assert 'has best.pt, but no ckpt.pt' in text and len(list(tmp_path.iterdir())) == 1
 
 
