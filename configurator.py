@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 KINDS = {'int': int, 'float': float, 'bool': bool, 'str': str}
+# What users of other programs type.
 MEANT = {'lr': 'learning_rate', 'epochs': 'max_iters', 'steps': 'max_iters', 'layers': 'n_layer',
-         'batch': 'batch_size', 'context': 'block_size', 'schedule': 'lr_schedule'}   # elsewhere
+         'batch': 'batch_size', 'context': 'block_size', 'schedule': 'lr_schedule'}
 WORDS = {'true': True, '1': True, 'false': False, '0': False, 'none': None}
 
 

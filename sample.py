@@ -18,7 +18,7 @@ import torch
 
 from configurator import auto_device, auto_dtype, configure
 from data.files import extra, program, read_text
-from data.runs import load_model
+from data.models import load_model
 
 init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
 out_dir = 'out'         # the run to sample from

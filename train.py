@@ -9,7 +9,7 @@ data/rows.py for text and conversations, else a file of stages/.
     python train.py config/train_shakespeare_char.py                                # a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
 """
-from data import runs  # isort: skip  (before torch: see data/__init__.py)
+from data import models, runs  # isort: skip  (before torch: see data/__init__.py)
 import contextlib
 import importlib
 import itertools
@@ -342,7 +342,7 @@ def make_run(config, origin):
     runs.choose_data(config, origin, local_rank)
     data = mixture_of(config['dataset'])
     meta = read_metas(data, check=not dry_run)
-    model, checkpoint = runs.make_model(config, origin, meta)
+    model, checkpoint = models.make_model(config, origin, meta)
     resumed = init_from == 'resume' and bool(checkpoint)
     if resumed and dtype == 'auto':     # measured when it began; a busy machine may differ
         precision = getattr(torch, checkpoint['config'].get('dtype', 'auto'), precision)

@@ -170,10 +170,13 @@ def read_questions(folder, split, seed=0):
         yield from random.Random(f'{seed} {epoch}').sample(known, len(known))
 
 
-def load_splits(source, *hub):
-    """-> a data set's train and test split, from {split}.jsonl in the folder source, or the hub"""
+def load_splits(source, *hub, read, strict=False):
+    """-> {'train' and 'test': read_each() of the rows}, from {split}.jsonl in the folder source, or
+    from the hub"""
     files = {split: str(Path(source, f'{split}.jsonl')) for split in ('train', 'test')}
-    return load(*hub) if not source else load('json', data_files=files)
+    found = load('json', data_files=files) if source else load(*hub)
+    return {split: read_each(found[split], read, f'{source or hub[0]}, {split}', strict)
+            for split in files}
 
 
 def load(*args, **how):

@@ -12,7 +12,7 @@ import itertools
 
 from configurator import configure
 from data.files import program
-from data.runs import is_taught
+from data.models import is_taught
 from data.tasks import majority_vote
 from data.tokenizer import Detokenizer
 from data.tools import calculator

@@ -12,7 +12,7 @@ import numpy as np
 
 from configurator import configure, read_settings
 from data.files import DATA, extra, program
-from data.runs import folder_of, load_model
+from data.models import folder_of, load_model
 from data.tasks import answer_questions, has_chat_tokens, majority_vote, task_of
 from sample import Sampling, open_model
 

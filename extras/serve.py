@@ -34,7 +34,7 @@ except ImportError as error:
 
 from configurator import configure, range_of, read_settings
 from data.files import program
-from data.runs import is_taught
+from data.models import is_taught
 from data.tokenizer import Detokenizer
 from data.tools import calculator, calls_in
 from sample import Request, Sampling, decode, open_model

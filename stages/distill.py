@@ -15,8 +15,8 @@ their number.
 """
 import torch
 
+from data.models import load_reference
 from data.rows import microbatches, read_rows
-from data.runs import load_reference
 from data.tasks import tasks_of
 from stages import rl
 

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from data.files import say
+from data.models import load_reference
 from data.rows import Conversations, pad
-from data.runs import load_reference
 
 dpo_beta = 0.1               # strength of the preference margin; at least 0
 

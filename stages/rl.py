@@ -13,8 +13,7 @@ so the loss -sum w * log p / N has the gradient of REINFORCE, with the group's m
 What makes w differ from that line in the code below:
 - a group whose rewards are all equal has w = 0 everywhere: it is left out, and not counted in N;
 - answers of a question that are the very same are read once, with the sum of their weights;
-- in the second and later updates on the same rollouts (updates > 1), w is multiplied by
-  p_new / p_old and clipped, as in PPO.
+- in later updates on the same rollouts (updates > 1), w is w p_new / p_old, clipped as in PPO.
 """
 import copy
 import itertools
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 
 from data.files import say
+from data.models import load_reference
 from data.rows import all_sum, microbatches
-from data.runs import load_reference
 from data.tasks import answer_questions, in_play, tasks_of
 from sample import Sampling
 
@@ -93,9 +92,9 @@ def rollouts(run, task, step):
 
 
 def policy(run):
-    """The model as it answers: a copy in this run's precision, so that its KV cache is in that
-    precision too. Learning keeps fp32 weights and uses autocast. In bf16 the probabilities that the
-    two give a sampled token have a ratio of 1.0000 +- 0.0071 (python tests/bench.py rl)."""
+    """The model as it answers: a copy in this run's precision, which its KV cache then has too.
+    Learning keeps fp32 weights under autocast: p of a sampled token in learning / in decoding is
+    1.0000 +- 0.0071 in bf16 (python tests/bench.py rl)."""
     return run.model if run.dtype == torch.float32 else copy.deepcopy(run.model).to(run.dtype)
 
 
@@ -164,8 +163,7 @@ def evaluate(run, task):
     correct = torch.zeros(len(parts))
     for (folder, _), reward in zip(mine, rewards, strict=True):
         correct[parts.index(folder)] += reward
-    correct = all_sum(correct)
-    metrics = {'accuracy': sum(correct) / len(examples)}
+    metrics = {'accuracy': sum(correct := all_sum(correct)) / len(examples)}
     if len(parts) > 1:
         metrics |= {f'accuracy_{Path(folder).name}': total / folders.count(folder)
                     for folder, total in zip(parts, correct, strict=True)}

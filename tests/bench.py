@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import auto_device, configure, read_settings  # noqa: E402
 from data import tasks  # noqa: E402
 from data.files import DATA  # noqa: E402
+from data.models import load_model  # noqa: E402
 from data.rows import microbatches, pad  # noqa: E402
-from data.runs import load_model  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tokens import Tokens  # noqa: E402
 from extras.gpt2 import load_gpt2  # noqa: E402

@@ -5,7 +5,7 @@ import builtins
 import pytest
 from conftest import TEXT, tiny
 
-from data.runs import is_taught
+from data.models import is_taught
 from data.tasks import final_answer
 from data.tokenizer import SPECIAL, Detokenizer, Tokenizer
 from extras import chat

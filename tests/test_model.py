@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, tiny
 from torch.nn import functional as F
 
-from data.runs import load_model, widen
+from data.models import load_model, widen
 from extras.gpt2 import load_gpt2
 from model import GPT2, GPTConfig, Muon, orthogonalize, rotary, rotate
 from sample import KVCache

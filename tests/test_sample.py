@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, inside, tiny
 
-from data.runs import read_checkpoint
+from data.models import read_checkpoint
 from extras import int8
 from extras.int8 import Int8Linear, quantize_model
 from extras.row_linear import RowLinear, use_row_linears

@@ -20,8 +20,8 @@ from test_train import TWO, gradients_of, make_run
 import train
 from configurator import read_settings
 from data.files import mixture_of, write_conversations, write_tokens
+from data.models import load_model, read_checkpoint
 from data.rows import Conversations, Mixture, pad, read_rows
-from data.runs import load_model, read_checkpoint
 from data.tasks import answer_questions, task_of, tasks_of
 from data.tokenizer import Tokenizer
 from extras import evaluate

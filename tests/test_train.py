@@ -18,8 +18,9 @@ import train
 from configurator import read_settings
 from data import files, rows, runs
 from data.files import read_meta
+from data.models import read_checkpoint
 from data.rows import read_rows
-from data.runs import read_checkpoint, read_log
+from data.runs import read_log
 from data.tokenizer import Tokenizer
 from extras.plot import draw, points
 from model import GPT2
@@ -595,7 +596,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_named(trained, tmp_path):
     data[len(data) // 2] ^= 16
     (tmp_path / 'ckpt.pt').write_bytes(data)
     with pytest.raises(ValueError, match='damaged .*checksum'):
-        runs.read_checkpoint(tmp_path / 'ckpt.pt')
+        read_checkpoint(tmp_path / 'ckpt.pt')
 
 
 def test_resuming_where_only_the_best_checkpoint_is_left_does_not_start_anew(trained, tmp_path):

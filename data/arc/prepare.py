@@ -8,13 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import (  # noqa: E402
-    load_splits,
-    read_each,
-    read_questions,
-    run_prepare,
-    write_questions,
-)
+from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
@@ -48,11 +42,10 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found = load_splits(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy')
-    source = source or 'allenai/ai2_arc'
-    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source, conversation,
-                    **{split: read_each(found[split], simple, f'{source}, {split}', strict)
-                       for split in ('train', 'test')})
+    found = load_splits(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy',
+                        read=simple, strict=strict)
+    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'allenai/ai2_arc', conversation,
+                    **found)
 
 
 if __name__ == '__main__':

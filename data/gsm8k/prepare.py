@@ -11,13 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import (  # noqa: E402
-    load_splits,
-    read_each,
-    read_questions,
-    run_prepare,
-    write_questions,
-)
+from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
@@ -74,10 +68,9 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found, source = load_splits(source, 'openai/gsm8k', 'main'), source or 'openai/gsm8k'
-    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source, conversation,
-                    **{split: read_each(found[split], simple, f'{source}, {split}', strict)
-                       for split in ('train', 'test')})
+    found = load_splits(source, 'openai/gsm8k', 'main', read=simple, strict=strict)
+    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'openai/gsm8k', conversation,
+                    **found)
 
 
 if __name__ == '__main__':
