@@ -115,7 +115,8 @@ class Run:
     skipped: int = 0           # updates in a row without a finite gradient
     asked_to_stop: int = 0     # 1: this process caught a signal
     stop: float = 0            # number of processes that did, summed each step: all stop together
-    notes: dict = field(default_factory=dict)   # a stage's numbers for the next line of the log
+    notes: dict = field(default_factory=dict)   # numbers for the next line of the log
+    since: tuple = (0.0, 0)    # seconds and tokens at the last one
     lock: object = None        # an open file that keeps other runs out of out_dir
 
     def note(self, **values):
@@ -162,7 +163,6 @@ def schedule(step):
 
 def loop(run, batches, evaluate):
     """Take a step, log, evaluate and save when that is due; until the last step or a signal."""
-    losses, since = [], (run.seconds, run.tokens)
     bar = tqdm(total=max_iters, initial=run.step, disable=None if run.rank == 0 else True)
     if init_from not in ('scratch', 'resume'):
         assess(run, evaluate)
@@ -171,14 +171,13 @@ def loop(run, batches, evaluate):
         loss, _, norm = one_step(run, batches, run.step)
         run.seconds += time.perf_counter() - began
         run.step += 1
-        losses.append(loss)
+        run.note(loss=loss)
         bar.update()
         if run.skipped:
             say(f'step {run.step}: loss {loss} or its gradient is not finite: skipped, '
                 f'{run.skipped} in a row')
         if run.step % log_interval == 0:
-            log_step(run, losses, norm, *since)
-            losses, since = [], (run.seconds, run.tokens)
+            log_step(run, norm)
         if run.step % eval_interval == 0 or run.step == max_iters:
             assess(run, evaluate)
         if run.skipped >= MAX_SKIPS or run.skipped and run.step == max_iters:
@@ -254,10 +253,11 @@ def apply_gradient(run, loss, in_play, rate):
     return norm
 
 
-def log_step(run, losses, norm, seconds, tokens):
-    """Log and print means over the steps since run.seconds and run.tokens had these values."""
+def log_step(run, norm):
+    """Log and print means over the steps since the last line of the log."""
+    losses, (seconds, tokens) = run.notes.pop('loss'), run.since
     seconds, rate = run.seconds - seconds, (run.tokens - tokens) / (run.seconds - seconds)
-    left = seconds / len(losses) * (max_iters - run.step) / 60
+    run.since, left = (run.seconds, run.tokens), seconds / len(losses) * (max_iters - run.step) / 60
     if machine := extra('machine'):
         run.note(**machine.mfu(run, rate, block_size))
     means = torch.tensor([np.mean(values) for values in run.notes.values()])

@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,18 @@ def program(main):
     except ImportError as error:
         sys.exit(f'{error}: pip install it, or restore the file if it is one of extras/')
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not is_message(error):
+            raise
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_message(error):
+    """Whether a line of this project says `raise`: then it is about the input. Any other is a bug,
+    in a line that somebody has just changed perhaps, and is shown with its traceback."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return place.line.startswith('raise') and DATA.parent in Path(place.filename).parents
 
 
 def run_prepare(script, prepare, *names):

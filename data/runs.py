@@ -87,7 +87,10 @@ def choose_data(config, origin, local_rank):
 
 
 def out_of_memory(error, config):
-    """-> advice if the error is about memory; others are raised again"""
+    """-> advice if the error is about memory; others are raised again, but for the loss of another
+    process, which has said why it ended"""
+    if 'Connection closed by peer' in str(error):
+        return 1
     if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
             "can't allocate" not in str(error)):
         raise error
@@ -96,7 +99,8 @@ def out_of_memory(error, config):
     more = '' if rollouts else (' and double --gradient_accumulation_steps='
                                 f'{config["gradient_accumulation_steps"]}')
     return (f'out of memory: halve --batch_size={config["batch_size"]}{rollouts}{more}: the same '
-            'step, in less memory')
+            'step, in less memory; a network that is itself too large needs a lower --n_layer='
+            f'{config["n_layer"]} or --n_embd={config["n_embd"]}')
 
 
 def open_folder(run, resumed):
@@ -181,8 +185,8 @@ def save(run, name):
         'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
         'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
         'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
-        'seconds': run.seconds, 'tokens': run.tokens, 'tokenizer': run.tokenizer.spec,
-        'lineage': run.lineage}
+        'seconds': run.seconds, 'tokens': run.tokens, 'notes': run.notes, 'since': run.since,
+        'tokenizer': run.tokenizer.spec, 'lineage': run.lineage}
     write(Path(run.config['out_dir'], name), lambda file: torch.save(content, file))
 
 
@@ -204,6 +208,10 @@ def restore(run, checkpoint):
         run.step, run.best = int(checkpoint['iter_num']), float(checkpoint['best_val_loss'])
         run.seconds = float(checkpoint.get('seconds', 0.0))
         run.tokens = int(checkpoint.get('tokens', run.step * step_tokens(run.config)))
+        run.notes = {name: list(map(float, values))
+                     for name, values in checkpoint.get('notes', {}).items()}
+        seconds, tokens = checkpoint.get('since', (run.seconds, run.tokens))
+        run.since = float(seconds), int(tokens)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f'--init_from=resume: {path}: {error}') from None
     if all_sum(torch.tensor([float(run.step)]))[0] != run.step * run.world:

@@ -115,7 +115,10 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
                 continue
             jobs = [(path, group, held_out) for group in groups]
             done = pool.imap(tokenize, jobs)
-            train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
+            try:
+                train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
+            except ValueError as error:     # text_of() raised it, in another process
+                raise ValueError(error) from None
             write(source_file, json.dumps(origin).encode())
             if sum(map(len, val)):
                 write(folder / f'val_{name}.bin', np.concatenate(val))

@@ -482,10 +482,16 @@ async def read_body(http):
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP, but a connection on which no request comes is closed."""
+    """uvicorn's HTTP, but a connection on which no request comes is closed, at once if there are as
+    many as are allowed."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
+        self.began = self.loop.time()
+        others = [other for other in self.connections if not other.transport.is_closing()]
+        idle = [other for other in others if other.cycle is None and other is not self]
+        if len(others) >= MOST_CLIENTS and idle:
+            min(idle, key=lambda other: other.began).transport.close()
         self.loop.call_later(MOST_SECONDS, self.check, None)
 
     def check(self, last):

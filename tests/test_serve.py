@@ -1,6 +1,7 @@
 """The web server: the real openai client, streams, faults, load, hostile pages."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -254,6 +255,13 @@ def test_bodies_paths_types_and_lengths_are_bounded(server):
     connection = http.client.HTTPConnection('127.0.0.1', server.server_port, timeout=10)
     connection.request('GET', '/etc/passwd')
     assert connection.getresponse().status == 404
+
+
+def test_clients_that_say_nothing_do_not_keep_others_out(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(('127.0.0.1', server.server_port), 10))
+        assert post(server, body={'prompt': 'to', 'max_tokens': 2})[0] == 200
 
 
 def test_fields_that_are_ignored_are_named_and_two_lengths_are_refused(server):

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 import train
 from configurator import read_settings
 from data import files, rows, runs
-from data.files import read_meta
+from data.files import mixture_of, program, read_meta
 from data.models import read_checkpoint
 from data.rows import read_rows
 from data.runs import read_log
@@ -308,6 +308,17 @@ def test_a_killed_run_resumes_to_the_very_same_weights(dataset, tmp_path, muon):
     assert [(line['step'], line.get('loss')) for line in logs[0]] == [
         (line['step'], line.get('loss')) for line in logs[1]
     ]
+
+
+def test_a_resumed_run_logs_the_means_of_the_uninterrupted_one(dataset, tmp_path):
+    common = [*TINY, f'--dataset={dataset}', '--decay_lr=False', '--log_interval=4',
+              '--eval_interval=3']  # fmt: skip
+    inside('train.py', *common, '--max_iters=9', f'--out_dir={tmp_path}/whole')
+    inside('train.py', *common, '--max_iters=6', f'--out_dir={tmp_path}/cut')
+    inside('train.py', *common, '--max_iters=9', f'--out_dir={tmp_path}/cut', '--init_from=resume')
+    logs = [{line['step']: line.get('loss') for line in runs.read_log(tmp_path / name)}
+            for name in ('whole', 'cut')]  # fmt: skip
+    assert logs[0] == logs[1] and logs[0][8] is not None
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -726,6 +737,39 @@ def test_without_a_compiler_compile_is_one_clear_line(dataset, trained, tmp_path
     ):
         text = run(*command, '--compile=True', env=nowhere, ok=False)
         assert '--compile=True does not work here' in text.splitlines()[-1]
+
+
+def test_where_compile_is_a_default_a_run_goes_on_without_a_compiler(dataset, tmp_path):
+    script = f'''if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import train, torch
+        from data import runs
+        config, _ = train.configure(vars(train), ['--dataset={dataset}'], train.other_settings)
+        torch.cuda.is_available = lambda: True
+        runs.check(config | {{'compile': None}}, train.Stage(train.read_rows), train.SCHEDULES)
+        print(torch.compile(lambda x: x + 1)(torch.ones(2)).tolist())'''
+    nowhere = {'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    done = subprocess.run([sys.executable, '-c', script], env={**os.environ, **nowhere},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == '[2.0, 2.0]\n', done.stderr
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise KeyboardInterrupt')
+    for script in ['train.py'], ['sample.py'], ['-m', 'extras.chat'], ['-m', 'extras.evaluate']:
+        done = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, 'PYTHONPATH': str(tmp_path)})  # fmt: skip
+        assert done.returncode == 130 and not done.stderr
+
+
+def test_bad_input_is_a_message_and_a_bug_is_a_traceback():
+    for wrong in (lambda: int('x')), (lambda: torch.ones(2).view(3, 'x')), (lambda: [].remove(1)):
+        with pytest.raises((ValueError, TypeError)):
+            program(wrong)
+    with pytest.raises(SystemExit) as stop:
+        program(lambda: mixture_of(''))
+    assert 'a data set without a name' in stop.value.code
 
 
 @pytest.mark.parametrize(
