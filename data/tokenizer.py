@@ -1,11 +1,13 @@
 """
-Text to tokens and back: a token for each character, GPT-2's byte pairs, or the words of a small
-world (both by tiktoken).
+Text to tokens and back: a token for each character, GPT-2's byte pairs, those that
+extras/train_tokenizer.py learned, or the words of a small world (all but the first by tiktoken).
 
 A tokenizer is a plain dict, small enough to travel in a checkpoint:
     {'kind': 'char', 'chars': '\\n !,...', 'special': ['<|endoftext|>', ...]}
     {'kind': 'gpt2'}
+    {'kind': 'bpe', 'pattern': "[^\\r\\n...", 'tokens': [' t', 'he', ...]}
     {'kind': 'words', 'words': [' has', 'Anna', ...]}
+A token of bpe is a text of characters 0 to 255, its bytes. Tokens 0 to 255 are single bytes.
 Special tokens come only from the program, or from encode(..., special=[names]): in ordinary text
 their names are letters.
 """
@@ -17,7 +19,19 @@ SPECIAL = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|call|>
            '<|end|>']
 
 
-SPECS = {'char': {'chars': str, 'special': list}, 'gpt2': {}, 'words': {'words': list}}
+SPECS = {'char': {'chars': str, 'special': list}, 'gpt2': {}, 'words': {'words': list},
+         'bpe': {'pattern': str, 'tokens': list}}
+# What a token of bpe may be part of. As in GPT-4's cl100k, but for marks, which belong to words (in
+# Hindi and pointed Arabic a word would end at each one); digits, which stand alone, so that equal
+# places look equal to arithmetic; and English contractions, which need no rule.
+PATTERN = '|'.join([
+    r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+',  # a word, with the space or sign before it
+    r'\p{N}',                            # a digit
+    r' ?[^\s\p{L}\p{N}]+[\r\n]*',        # signs, with the space before and the line ends behind
+    r'\s*[\r\n]+',                       # line ends, with the spaces before
+    r'\s+(?!\S)',                        # spaces, but the one before a word
+    r'\s+'])
+WORDS = r' ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s'    # the same in the small world
 
 
 def check_spec(spec):
@@ -29,6 +43,12 @@ def check_spec(spec):
         value = spec.get(name)
         if type(value) is not kind or not all(type(text) is str for text in value):
             raise ValueError(f'a {spec["kind"]} tokenizer whose {name} are damaged')
+    if spec['kind'] == 'bpe':
+        tokens = spec['tokens']
+        if len(set(tokens)) < len(tokens) or any(len(t) < 2 or max(t) > '\xff' for t in tokens):
+            raise ValueError('a bpe tokenizer whose tokens are damaged')
+        if spec['pattern'] != PATTERN:      # which tiktoken runs: another one might take for ever
+            raise ValueError('a bpe tokenizer with a pattern that this program does not know')
 
 
 def same_ids(*specs):
@@ -56,15 +76,23 @@ def gpt2_encoding():
 
 
 @functools.cache
-def word_encoding(words):
-    """A token for each of these words; anything else becomes bytes: other words are spelled."""
+def byte_encoding(pattern, tokens):
+    """The bytes, these tokens (bytes too), then the special ones: what no token is, is spelled."""
     import tiktoken
     ranks = {bytes([i]): i for i in range(256)}
-    for word in words:      # one that is there twice would leave a gap, where special tokens begin
-        ranks.setdefault(word.encode(), len(ranks))
-    return tiktoken.Encoding(
-        'words', pat_str=r' ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s', mergeable_ranks=ranks,
-        special_tokens={name: len(ranks) + i for i, name in enumerate(SPECIAL)})
+    for token in tokens:    # one that is there twice would leave a gap, where special tokens begin
+        ranks.setdefault(token, len(ranks))
+    return tiktoken.Encoding('bytes', pat_str=pattern, mergeable_ranks=ranks, special_tokens={
+        name: len(ranks) + i for i, name in enumerate(SPECIAL)})
+
+
+def encoding_of(spec):
+    """-> tiktoken's encoding of a tokenizer that is not of characters"""
+    if spec['kind'] == 'gpt2':
+        return gpt2_encoding()
+    if spec['kind'] == 'words':
+        return byte_encoding(WORDS, tuple(word.encode() for word in spec['words']))
+    return byte_encoding(spec['pattern'], tuple(t.encode('latin-1') for t in spec['tokens']))
 
 
 class Tokenizer:
@@ -73,8 +101,7 @@ class Tokenizer:
         check_spec(spec)
         self.spec = spec
         if spec['kind'] != 'char':
-            self.bpe = (gpt2_encoding() if spec['kind'] == 'gpt2' else
-                        word_encoding(tuple(spec['words'])))
+            self.bpe = encoding_of(spec)
             self.vocab_size = self.bpe.n_vocab
             self.special = {name: self.bpe.encode_single_token(name) for name in SPECIAL}
         else:
@@ -96,6 +123,11 @@ class Tokenizer:
         words = set(re.findall('[A-Za-z]{2,}|#+', text))
         return cls({'kind': 'words', 'words': sorted(
             {' ' + word for word in words} | {word for word in words if word[0].isupper()})})
+
+    @property
+    def dtype(self):
+        """The dtype of its token files."""
+        return 'uint16' if self.vocab_size <= 2 ** 16 else 'uint32'
 
     @property
     def begin(self):

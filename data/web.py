@@ -1,5 +1,5 @@
 """
-Web pages to GPT-2 tokens: parquet or jsonl files with a column `text` to shards.
+Web pages to tokens: parquet or jsonl files with a column `text`, or text files, to shards.
 
 Each shard comes from a hundred row groups (100M tokens or so) and is written whole or not at all:
 stopped and started again, the work goes on with the first shard that is missing. Memory stays flat:
@@ -15,17 +15,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.files import meta_of, run_prepare, write
-from data.tokenizer import Tokenizer
+from data.files import tokenizer_of, write
+from data.sources import meta_of, run_prepare
 
-source = ''      # local files: 'folder/*.parquet' or '*.jsonl'; '' fetches them from the hub
+source = ''      # local files: 'folder/*.parquet', '*.jsonl' or '*.txt'; '' fetches from the hub
+tokenizer = ''   # a folder with a vocabulary, of extras/train_tokenizer.py; '' is GPT-2's
 max_shards = 0   # stop after this many shards of about 100M tokens; 0: all; at least 0
 held_out = 1000  # one document in this many is held out for validation; at least 1
 out_dir = ''     # where the token files go; '' is beside the data set's prepare.py
 processes = 0    # tokenizing in parallel; 0: one per processor; at least 0
 
 GROUPS = 100    # row groups a shard
-LINES = 1000    # lines of a jsonl file that count as a row group
+LINES = 1000    # lines of a jsonl file that count as a row group; of a text file, as a document
 
 
 def groups_of(path):
@@ -49,8 +50,18 @@ def texts_of(path, group):
         return pq.ParquetFile(path).read_row_group(group, columns=['text'])['text'].to_pylist()
     with open(path, 'rb') as lines:
         lines.seek(group)
+        if path.endswith('.txt'):
+            return [plain_text(path, b''.join(itertools.islice(lines, LINES)), group)]
         return [text_of(path, f'line {number} after byte {group:,}', line)
                 for number, line in enumerate(itertools.islice(lines, LINES), 1)]
+
+
+def plain_text(path, content, start=0):
+    """-> bytes as text. ValueError names the byte that is not UTF-8."""
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not UTF-8 at byte {start + error.start:,}') from None
 
 
 def text_of(path, place, line):
@@ -65,14 +76,15 @@ def text_of(path, place, line):
 
 
 def tokenize(job):
-    """(path, row group, held_out) -> train, val: their tokens, the end token before each text."""
-    path, group, held_out = job
+    """(path, row group, held_out, tokenizer's folder) -> train, val: their tokens, the end token
+    before each text."""
+    path, group, held_out, folder = job
     texts, train, val = texts_of(path, group), [], []
-    tokenizer = Tokenizer({'kind': 'gpt2'})
+    known = tokenizer_of(folder)
     for i, text in enumerate(texts):
         split = val if (group + i) % held_out == 0 else train
-        split += [tokenizer.end, *tokenizer.encode(text)]
-    return np.array(train, dtype=np.uint16), np.array(val, dtype=np.uint16)
+        split += [known.end, *known.encode(text)]
+    return np.array(train, dtype=known.dtype), np.array(val, dtype=known.dtype)
 
 
 def hub_files(repository, folder=''):
@@ -99,12 +111,16 @@ def shards_of(paths):
             yield f'{number:04d}_{first // GROUPS:04d}', path, groups[first:first + GROUPS]
 
 
-def prepare_web(folder, repository, within, out_dir, source, held_out, max_shards, processes):
+def prepare_web(folder, repository, within, out_dir, source, tokenizer, held_out, max_shards,
+                processes):
     """Tokenize the files matching source, or those within a repository of the hub, into folder."""
     folder = Path(out_dir or folder)
     origin, source_file = [source or f'{repository}/{within}', held_out], folder / 'source.json'
     if source and not glob.glob(source):
         raise FileNotFoundError(f'--source={source}: no such file')
+    if tokenizer:
+        spec = tokenizer_of(tokenizer).spec
+        origin.append(hashlib.sha256(json.dumps(spec).encode()).hexdigest())
     if source_file.exists() and json.loads(source_file.read_text()) != origin:
         raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its '
                          '*.bin and source.json to begin anew')
@@ -113,7 +129,7 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
         for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
             if (folder / f'train_{name}.bin').exists():
                 continue
-            jobs = [(path, group, held_out) for group in groups]
+            jobs = [(path, group, held_out, tokenizer) for group in groups]
             done = pool.imap(tokenize, jobs)
             try:
                 train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
@@ -126,11 +142,13 @@ def prepare_web(folder, repository, within, out_dir, source, held_out, max_shard
     shards = {split: sorted(folder.glob(f'{split}_*.bin')) for split in ('train', 'val')}
     if not shards['val']:
         raise ValueError(f'no document was held out: make --held_out less than {held_out}')
-    counts = {split: sum(p.stat().st_size // 2 for p in paths) for split, paths in shards.items()}
+    known = tokenizer_of(tokenizer)
+    size = np.dtype(known.dtype).itemsize
+    counts = {split: sum(p.stat().st_size // size for p in paths)
+              for split, paths in shards.items()}
     sums = {path.name: hashlib.sha256(np.memmap(path, mode='r')).hexdigest()
             for paths in shards.values() for path in paths}
-    meta = meta_of(Tokenizer({'kind': 'gpt2'}), origin[0], 'uint16', counts, sums)
-    write(folder / 'meta.json', meta)
+    write(folder / 'meta.json', meta_of(known, origin[0], counts, sums))
     print(f'{counts["train"]:,} tokens to train on, {counts["val"]:,} to validate')
 
 
@@ -138,4 +156,4 @@ def main(folder, doc, repository, within):
     """The program of a data set's prepare.py: its settings are those of this file."""
     run_prepare({**globals(), '__doc__': doc},
                 lambda *values: prepare_web(folder, repository, within, *values),
-                'out_dir', 'source', 'held_out', 'max_shards', 'processes')
+                'out_dir', 'source', 'tokenizer', 'held_out', 'max_shards', 'processes')

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from data.files import DATA, program, script_of, write_texts
+from data.files import DATA, program, script_of
+from data.sources import write_texts
 from data.tasks import answer_questions, in_play, task_of
 from sample import Sampling, open_model
 

@@ -10,6 +10,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py steps          # the laptop run's steps beside nanoGPT's recipe's
     python tests/bench.py rl out-arithmetic-sft         # where a step of RL spends its time
     python tests/bench.py demonstrations 200 500    # accuracy of out-sft-200, out-rl-200, ...
+    python tests/bench.py bytes_per_token data/bpe english.txt code.txt   # beside GPT-2's
     python tests/bench.py server         # 16 clients of the web server against the bare loop
 """
 
@@ -23,12 +24,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import auto_device, configure, read_settings  # noqa: E402
 from data import tasks  # noqa: E402
-from data.files import DATA  # noqa: E402
+from data.files import DATA, read_text, tokenizer_of  # noqa: E402
 from data.models import load_model  # noqa: E402
 from data.rows import microbatches, pad  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
@@ -321,6 +323,22 @@ def demonstrations(*counts):
     figure.savefig(DATA.parent / 'assets/demonstrations.png', dpi=100, bbox_inches='tight')
 
 
+def bytes_per_token(folder, *paths):
+    """Bytes of text a token stands for: more is shorter."""
+    known = {}
+    for name in ('gpt2', 'cl100k_base'):
+        try:
+            known[name] = tiktoken.get_encoding(name).encode_ordinary
+        except Exception as error:
+            print(f'{name}: not cached, and not to be downloaded here ({type(error).__name__})')
+    known[folder] = tokenizer_of(folder).encode
+    for path in paths:
+        text = read_text(path)
+        size = len(text.encode())
+        print(f'{path} ({size:,} bytes): ' + ', '.join(
+            f'{name} {size / len(encode(text)):.2f}' for name, encode in known.items()))
+
+
 def server():
     """GPT-2 124M's shape, 16 clients at once, 64 tokens each, streamed."""
     model, rows = build(GPT2_124M), 16
@@ -397,7 +415,7 @@ def steps():
 if __name__ == '__main__':
     chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server', 'steps']
     print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
-    if chosen[0] in ('int8', 'rl', 'demonstrations'):
+    if chosen[0] in ('int8', 'rl', 'demonstrations', 'bytes_per_token'):
         globals()[chosen[0]](*chosen[1:])
     else:
         for name in chosen:

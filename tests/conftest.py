@@ -18,7 +18,8 @@ import data.tokenizer  # noqa: E402  isort: skip  (before torch: see data/__init
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from data.files import program, write_tokens  # noqa: E402
+from data.files import program  # noqa: E402
+from data.sources import write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 
@@ -65,8 +66,10 @@ def bpe(monkeypatch):
     )
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiny)
     data.tokenizer.gpt2_encoding.cache_clear()
+    data.files.tokenizer_of.cache_clear()
     yield Tokenizer({'kind': 'gpt2'})
     data.tokenizer.gpt2_encoding.cache_clear()
+    data.files.tokenizer_of.cache_clear()
 
 
 @pytest.fixture(scope='session')

@@ -54,7 +54,7 @@ def write_pairs(folder):
     """Worked answers beside the same with another result: a data set for dpo, a task for rl."""
     sys.path.insert(0, str(ROOT))
     from data.arithmetic.prepare import EVENTS, conversation, example, random, tokenizer
-    from data.files import write_conversations
+    from data.sources import write_conversations
 
     rng, talks = random.Random(1), []
     for _ in range(40):

@@ -7,7 +7,7 @@ from configurator import coerce, configure
 SCRIPT = '''
 """A script."""
 import math
-batch_size = 12      # rows # in a batch
+batch_size = 12      # rows # in a batch; from 1 to 100
 learning_rate = 6e-4
 shift = -1
 compile: bool = None # None: where it pays
@@ -96,6 +96,8 @@ def test_a_value_of_another_type_is_refused(text, kind):
         (['--lr=3'], 'did you mean learning_rate?'),
         (['--learning_rate=inf'], 'is not of type float'),
         (['--batch_size=many'], "batch_size='many' is not of type int"),
+        (['--batch_size=0'], 'must be from 1 to 100'),
+        (['--batch_size=101'], 'must be from 1 to 100'),
         (['--CONSTANT=1'], 'no such setting'),
         (['--inner=1'], 'no such setting'),
         (['--batch_size'], 'expected --key=value'),

@@ -10,20 +10,15 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, run
+from conftest import ROOT, TEXT, inside, run
 
-from data import files, web
-from data.files import (
-    download,
-    missing,
-    mixture_of,
-    read_meta,
-    read_text,
-    write_tokens,
-)
-from data.tokenizer import SPECIAL, Tokenizer, same_ids
+from data import files, sources, web
+from data.files import missing, mixture_of, read_meta, read_text
+from data.sources import download, write_tokens
+from data.tokenizer import PATTERN, SPECIAL, Tokenizer, same_ids
 from data.tokens import Tokens
 
+BPE = {'kind': 'bpe', 'pattern': PATTERN, 'tokens': ['th', 'the']}
 MIXED = 'naïve 🙂 سلام 你好 é'
 
 
@@ -50,6 +45,63 @@ def test_special_tokens_come_only_from_the_operator(kind, bpe):
     assert set(tokenizer.special) == set(SPECIAL)
 
 
+@pytest.fixture(scope='session')
+def learned(tmp_path_factory):
+    """-> the folder of a vocabulary of 400 tokens that was learned from a text file."""
+    pytest.importorskip('rustbpe')
+    folder = tmp_path_factory.mktemp('bpe')
+    (folder / 'a.txt').write_text(TEXT + 'é 你好 12 34 1234 ' * 50, encoding='utf-8')
+    done = inside('extras/train_tokenizer.py', f'--source={folder}/*.txt', f'--out_dir={folder}',
+                  '--vocab_size=300')  # fmt: skip
+    assert f'300 tokens in {folder}/meta.json' in done
+    return folder
+
+
+def test_a_learned_vocabulary_loses_no_byte_of_any_text(learned):
+    tokenizer = files.tokenizer_of(learned)
+    assert tokenizer.vocab_size == 300 and tokenizer.dtype == 'uint16'
+    known = [bytes([i]) for i in range(256)]
+    known += [token.encode('latin-1') for token in tokenizer.spec['tokens']]
+    assert [tokenizer.token_bytes(i) for i in range(300 - len(SPECIAL))] == known
+    assert tokenizer.byte_lengths() == [*map(len, known), *[0] * len(SPECIAL)]
+    rng = np.random.default_rng(0)
+    some = list('abcto be, \n\r\t 12345 <|end|>') + [chr(c) for c in rng.integers(32, 0xD800, 200)]
+    for _ in range(500):
+        text = ''.join(rng.choice(some, rng.integers(0, 60)))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.special.values())
+        assert sum(tokenizer.byte_lengths()[i] for i in ids) == len(text.encode())
+
+
+def test_a_learned_vocabulary_is_that_of_the_bytes_and_keeps_digits_apart(learned):
+    from extras.train_tokenizer import learn
+
+    tokenizer = files.tokenizer_of(learned)
+    texts = (learned / 'a.txt').read_text(encoding='utf-8').splitlines(True)
+    assert learn(iter(texts), 300).spec == learn(iter(texts), 300).spec == tokenizer.spec
+    assert learn(reversed(texts), 300).spec == tokenizer.spec
+    assert [tokenizer.decode([i]) for i in tokenizer.encode('1234')] == list('1234')
+
+
+def test_a_learned_vocabulary_is_that_of_byte_pairs_by_hand():
+    """Of all neighbours the most frequent become a token, in words of their own."""
+    pytest.importorskip('rustbpe')
+    from extras.train_tokenizer import learn
+
+    words = [[bytes([b]) for b in word.encode()] for word in ['abab'] * 5 + ['bab'] * 4 + ['ca']]
+    merged = []
+    for _ in range(3):
+        pairs = [pair for word in words for pair in zip(word, word[1:])]
+        best = max(sorted(set(pairs)), key=pairs.count)
+        merged.append(b''.join(best))
+        for word in words:
+            for i in reversed(range(len(word) - 1)):
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [merged[-1]]
+    tokens = learn(iter(['abab\n'] * 5 + ['bab\n'] * 4 + ['ca']), 266).spec['tokens']
+    assert [token.encode('latin-1') for token in tokens] == merged
+
+
 def test_a_word_is_a_token_and_another_is_letters():
     tokenizer = Tokenizer.of_words('Anna has coins')
     assert tokenizer.spec['words'] == [' Anna', ' coins', ' has', 'Anna']
@@ -67,6 +119,8 @@ def test_a_word_listed_twice_is_no_way_to_a_special_token():
 def test_an_unseen_character_is_named():
     with pytest.raises(ValueError, match=r"'€' \(U\+20AC\)"):
         Tokenizer.of_text('abc').encode('a€')
+    with pytest.raises(ValueError, match="nearest are 'ÿþýüû'$"):   # not all of a large vocabulary
+        Tokenizer.of_text(''.join(map(chr, range(32, 256)))).encode('€')
 
 
 def test_an_id_beyond_the_vocabulary_decodes_to_a_replacement():
@@ -154,6 +208,10 @@ META = {
             ({'tokenizer': {'kind': []}}, 'a tokenizer of an unknown kind'),
             ({'tokenizer': {'kind': 'char', 'chars': 3, 'special': []}}, 'whose chars'),
             ({'tokenizer': {'kind': 'words', 'words': [1]}}, 'whose words'),
+            ({'tokenizer': {**BPE, 'tokens': ['ab', 'ab']}}, 'whose tokens'),
+            ({'tokenizer': {**BPE, 'tokens': ['a']}}, 'whose tokens'),
+            ({'tokenizer': {**BPE, 'tokens': ['a\u0100']}}, 'whose tokens'),
+            ({'tokenizer': {**BPE, 'pattern': '(a|a)*b'}}, 'a pattern that this program'),
             ({'counts': {'train': '9'}}, 'its counts'),
             ({'counts': []}, 'its counts'),
             ({'sha256': {'train': 3}}, 'its sha256'),
@@ -175,13 +233,13 @@ def test_every_part_of_meta_json_is_checked(tmp_path, text, words):
 def test_a_data_set_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, monkeypatch):
     words = Tokenizer.of_words('to be')
     talk = [[{'role': 'user', 'content': 'to'}, {'role': 'assistant', 'content': 'be'}]]
-    files.write_conversations(tmp_path, words, 'x', {'more.json': b'1'}, train=talk, val=talk)
+    sources.write_conversations(tmp_path, words, 'x', {'more.json': b'1'}, train=talk, val=talk)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {
         'more.json', 'meta.json', 'train.bin', 'val.bin', 'train.mask.bin', 'val.mask.bin',
     }  # fmt: skip
     with pytest.raises(ValueError, match='no conversations for val'):
-        files.write_conversations(tmp_path, words, 'y', {'more.json': b'2'}, train=talk, val=[])
+        sources.write_conversations(tmp_path, words, 'y', {'more.json': b'2'}, train=talk, val=[])
     calls = []
 
     def full(descriptor):
@@ -191,7 +249,7 @@ def test_a_data_set_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, mon
 
     monkeypatch.setattr(files.os, 'fsync', full)
     with pytest.raises(OSError, match='what was there before is intact'):
-        files.write_conversations(tmp_path, words, 'z', {'more.json': b'3'}, train=talk, val=talk)
+        sources.write_conversations(tmp_path, words, 'z', {'more.json': b'3'}, train=talk, val=talk)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -350,12 +408,12 @@ def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, m
     )  # a child would not know the tiny vocabulary
     out, source = tmp_path / 'out', f'{tmp_path}/pages.{form}'
     out.mkdir()
-    web.prepare_web(out, '', '', '', source, 50, 1, 1)
+    web.prepare_web(out, '', '', '', source, '', 50, 1, 1)
     first = out / 'train_0000_0000.bin'
     assert [p.name for p in sorted(out.glob('train*'))] == [first.name]
     stamp = first.stat().st_mtime_ns
     (out / 'train_0000_0001.tmp').write_bytes(b'half')  # what a kill may leave
-    web.prepare_web(out, '', '', '', source, 50, 0, 1)
+    web.prepare_web(out, '', '', '', source, '', 50, 0, 1)
     assert first.stat().st_mtime_ns == stamp
     written = [
         bpe.decode([i for i in np.fromfile(path, np.uint16).tolist()])
@@ -368,7 +426,34 @@ def test_web_pages_become_shards_and_stopped_work_goes_on(tmp_path, form, bpe, m
     )
     assert 0.01 < held_out < 0.04 and is_sha(read_meta(out)['sha256'])
     with pytest.raises(ValueError, match='begun from'):
-        web.prepare_web(out, '', '', '', f'{tmp_path}/*', 50, 0, 1)
+        web.prepare_web(out, '', '', '', f'{tmp_path}/*', '', 50, 0, 1)
+
+
+def test_pages_are_written_in_a_learned_vocabulary_and_go_on_with_no_other(
+    tmp_path, learned, monkeypatch
+):
+    documents(tmp_path, 'jsonl', 50)
+    monkeypatch.setattr(web.multiprocessing, 'Pool', SerialPool)
+    arguments = tmp_path / 'out', '', '', '', f'{tmp_path}/pages.jsonl'
+    web.prepare_web(*arguments, str(learned), 10, 0, 1)
+    meta, tokenizer = read_meta(tmp_path / 'out'), files.tokenizer_of(learned)
+    assert meta['tokenizer'] == tokenizer.spec and meta['vocab_size'] == 300
+    ids = np.fromfile(tmp_path / 'out' / 'val_0000_0000.bin', meta['dtype']).tolist()
+    assert tokenizer.decode(ids).startswith('<|endoftext|>this is the page 0 ')
+    with pytest.raises(ValueError, match='begun from'):
+        web.prepare_web(*arguments, '', 10, 0, 1)
+    with pytest.raises(ValueError, match='--tokenizer=/nowhere: there is no /nowhere/meta.json'):
+        web.prepare_web(*arguments, '/nowhere', 10, 0, 1)
+
+
+def test_a_text_file_is_a_document_for_every_thousand_lines(tmp_path, learned, monkeypatch):
+    monkeypatch.setattr(web, 'LINES', 2)
+    (tmp_path / 'a.txt').write_bytes('one\ntwo\nthrée\n'.encode())
+    groups = web.groups_of(f'{tmp_path}/a.txt')
+    assert [web.texts_of(f'{tmp_path}/a.txt', g) for g in groups] == [['one\ntwo\n'], ['thrée\n']]
+    (tmp_path / 'a.txt').write_bytes(b'one\ntwo\nthr\xe9e\n')
+    with pytest.raises(ValueError, match='a.txt: not UTF-8 at byte 11'):
+        web.texts_of(f'{tmp_path}/a.txt', groups[1])
 
 
 def test_a_wrong_source_of_pages_names_its_line_and_leaves_nothing(tmp_path, bpe, monkeypatch):
@@ -378,7 +463,7 @@ def test_a_wrong_source_of_pages_names_its_line_and_leaves_nothing(tmp_path, bpe
         lines = '\ufeff' + '\n'.join([good, bad, good])
         (tmp_path / 'pages.jsonl').write_bytes(lines.encode('utf-8', 'surrogateescape'))
         with pytest.raises(ValueError, match=r'pages.jsonl: line 2 after byte 0: '):
-            web.prepare_web(tmp_path / 'out', '', '', '', f'{tmp_path}/*.jsonl', 2, 0, 1)
+            web.prepare_web(tmp_path / 'out', '', '', '', f'{tmp_path}/*.jsonl', '', 2, 0, 1)
         assert not (tmp_path / 'out').exists()
 
 

@@ -307,6 +307,7 @@ def test_the_end_token_in_a_prompt_is_the_token(trained):
         (['--top_k=-1'], 'top_k=-1: must be from 0'),
         (['--top_p=0'], 'top_p=0: must be from 1e-6 to 1'),
         (['--start=FILE:/nowhere'], 'No such file'),
+        (['--start=FILE:/dev/null'], 'No such file'),     # /dev/zero would never end
         (['--device=tpu'], 'choose cuda'),
         (['--dtype=float16', '--device=cpu'], 'float16 (only on CUDA)'),
         (['--num_samples=0'], 'num_samples=0: must be from 1 to'),

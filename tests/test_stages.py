@@ -19,9 +19,10 @@ from test_train import TWO, gradients_of, make_run
 
 import train
 from configurator import read_settings
-from data.files import mixture_of, write_conversations, write_tokens
+from data.files import mixture_of
 from data.models import load_model, read_checkpoint
 from data.rows import Conversations, Mixture, pad, read_rows
+from data.sources import write_conversations, write_tokens
 from data.tasks import answer_questions, task_of, tasks_of
 from data.tokenizer import Tokenizer
 from extras import evaluate
@@ -282,6 +283,18 @@ def test_what_is_asked_may_be_a_mixture_of_tasks(talks, settings, monkeypatch, t
         run.world = 2
         evaluate()
     torch.testing.assert_close(sum(found).sum() / 30, torch.tensor(metrics['accuracy']))
+
+
+def test_the_sample_of_rl_keeps_its_lines(talks, settings, tmp_path, monkeypatch, capsys):
+    shutil.copytree(talks, tmp_path / 'lines')
+    with open(tmp_path / 'lines' / 'prepare.py', 'a') as file:
+        file.write("asked = conversation\ndef conversation(example):\n"
+                   "    return asked({**example, 'question': 'ab\\ncd'})\n")  # fmt: skip
+    settings(eval_examples=1)
+    run = run_for(talks, data={tmp_path / 'lines': 1.0})
+    monkeypatch.setattr(run.tokenizer, 'transcript', lambda ids: 'e\nf')
+    rl.start(run)[1]()
+    assert '  > ab\n  > cd\n  | e\n  | f\n' in capsys.readouterr().out
 
 
 def test_the_policy_that_is_scored_is_the_one_that_sampled(talks, settings, monkeypatch):
@@ -583,6 +596,11 @@ def test_conversations_that_are_no_pairs_are_refused_by_dpo(tmp_path):
     run.config['block_size'] = 64
     with pytest.raises(ValueError, match='pair 0 in train do not begin alike'):
         dpo.read_pairs(run, 'train')
+
+
+def test_data_without_masks_are_in_play_and_it_is_said(talks, dataset, tmp_path):
+    arguments = common(talks, tmp_path / 'out', None, stage='sft', dataset=dataset, ngrams=1)
+    assert 'it has no masks, so all of it is in play' in inside('train.py', *arguments)
 
 
 def test_a_mask_with_nothing_in_play_is_refused(tmp_path):

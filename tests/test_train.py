@@ -16,7 +16,7 @@ from conftest import ROOT, TINY, TORCHRUN, inside, run, tiny
 
 import train
 from configurator import read_settings
-from data import files, rows, runs
+from data import files, rows, runs, sources
 from data.files import mixture_of, program, read_meta
 from data.models import read_checkpoint
 from data.rows import read_rows
@@ -602,6 +602,12 @@ def test_weights_that_are_not_finite_are_not_saved_and_the_run_fails(dataset, tm
         json.loads(line, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
 
 
+def test_a_run_whose_last_step_was_skipped_fails(dataset, tmp_path):
+    text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out',
+                  '--learning_rate=1e30', '--max_iters=2', ok=False)  # fmt: skip
+    assert '1 updates in a row not finite' in text
+
+
 def test_a_checkpoint_with_a_flipped_bit_is_named(trained, tmp_path):
     data = bytearray((trained / 'ckpt.pt').read_bytes())
     data[len(data) // 2] ^= 16
@@ -727,6 +733,35 @@ def test_two_runs_do_not_write_to_one_folder(dataset, trained, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ['out']
     held.close()
     inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--max_iters=1')
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_done(
+    dataset, trained, tmp_path, monkeypatch
+):
+    shutil.copytree(trained, tmp_path / 'out')
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    text = inside('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}/out',
+                  '--wandb_log=True', ok=False)  # fmt: skip
+    assert 'wandb' in text and 'pip install' in text
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_data_that_were_prepared_anew_do_not_go_on_with_an_old_run(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / 'data')
+    common = [*TINY, f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/out']
+    inside('train.py', *common, '--max_iters=1')
+    ids = np.fromfile(tmp_path / 'data' / 'train.bin', np.uint16)
+    tokenizer = Tokenizer(read_meta(dataset)['tokenizer'])
+    sources.write_tokens(tmp_path / 'data', tokenizer, 'x', train=ids[::-1].copy(), val=ids[:500])
+    text = inside('train.py', *common, '--max_iters=2', '--init_from=resume', ok=False)
+    assert 'prepared anew since this run began' in text
+
+
+def test_a_folder_of_tokens_without_a_meta_json_says_what_is_assumed(dataset, tmp_path):
+    for split in 'train', 'val':
+        shutil.copy(dataset / f'{split}.bin', tmp_path)
+    text = inside('train.py', *TINY, f'--dataset={tmp_path}', '--dry_run=True')
+    assert 'no meta.json, so uint16 tokens of gpt2 kind are assumed, 50304 of them' in text
 
 
 def test_without_a_compiler_compile_is_one_clear_line(dataset, trained, tmp_path):

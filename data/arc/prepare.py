@@ -1,5 +1,5 @@
 """
-ARC (arXiv:1803.05457): science questions with four choices or so, in GPT-2's tokens.
+ARC (arXiv:1803.05457): science questions with four choices or so.
 
     python data/arc/prepare.py [--challenge=True] [--source=a/folder]   # train.jsonl, test.jsonl
 """
@@ -8,11 +8,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
+from data import sources  # noqa: E402
+from data.files import tokenizer_of  # noqa: E402
 
 source = ''         # a folder with train.jsonl and test.jsonl; '' fetches allenai/ai2_arc
 challenge = False   # ARC-Challenge instead of ARC-Easy
+tokenizer = ''      # a folder with a vocabulary, of extras/train_tokenizer.py; '' is GPT-2's
 strict = False      # stop at a row that cannot be read, instead of leaving it out
 
 LETTERS = 'ABCDEFGH'
@@ -28,7 +29,7 @@ def simple(row):
 
 def examples(split='train', seed=0):
     """Yields {question, answer}."""
-    return read_questions(HERE, split, seed)
+    return sources.read_questions(HERE, split, seed)
 
 
 def conversation(example):
@@ -42,11 +43,11 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found = load_splits(source, 'allenai/ai2_arc', 'ARC-Challenge' if challenge else 'ARC-Easy',
-                        read=simple, strict=strict)
-    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'allenai/ai2_arc', conversation,
-                    **found)
+    name = 'ARC-Challenge' if challenge else 'ARC-Easy'
+    found = sources.load_splits(source, 'allenai/ai2_arc', name, read=simple, strict=strict)
+    sources.write_questions(folder, tokenizer_of(tokenizer), source or 'allenai/ai2_arc',
+                          conversation, **found)
 
 
 if __name__ == '__main__':
-    run_prepare(globals(), prepare, 'source')
+    sources.run_prepare(globals(), prepare, 'source')

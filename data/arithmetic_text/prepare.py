@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from data.arithmetic import prepare as world  # noqa: E402
-from data.files import run_prepare, write_tokens  # noqa: E402
+from data.sources import run_prepare, write_tokens  # noqa: E402
 
 characters = 4_000_000  # of text to train on
 

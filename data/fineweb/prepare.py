@@ -1,5 +1,5 @@
 """
-FineWeb-Edu's sample of 10 billion tokens, in GPT-2's: about 20 GB, or any pages (see data/web.py).
+FineWeb-Edu's sample of 10 billion tokens: about 20 GB; or any pages (see data/web.py).
 
     python data/fineweb/prepare.py [--max_shards=10] [--source="a/folder/*.parquet"]
 """

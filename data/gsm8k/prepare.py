@@ -1,5 +1,5 @@
 """
-GSM8K (arXiv:2110.14168): 8.5 thousand word problems with worked answers, in GPT-2's tokens.
+GSM8K (arXiv:2110.14168): 8.5 thousand word problems with worked answers.
 
     python data/gsm8k/prepare.py [--source=a/folder/with/train.jsonl/and/test.jsonl]
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import load_splits, read_questions, run_prepare, write_questions  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
+from data import sources  # noqa: E402
+from data.files import tokenizer_of  # noqa: E402
 from data.tools import calculate  # noqa: E402
 
 source = ''     # a folder with train.jsonl and test.jsonl; '' fetches openai/gsm8k from the hub
+tokenizer = ''  # a folder with a vocabulary, of extras/train_tokenizer.py; '' is GPT-2's
 strict = False  # stop at a row that cannot be read, instead of leaving it out
 
 
@@ -53,7 +54,7 @@ def simple(row):
 
 def examples(split='train', seed=0):
     """Yields {question, answer}."""
-    return read_questions(HERE, split, seed)
+    return sources.read_questions(HERE, split, seed)
 
 
 def conversation(example):
@@ -68,10 +69,10 @@ def reward(example, answer):
 
 
 def prepare(source='', folder=HERE):
-    found = load_splits(source, 'openai/gsm8k', 'main', read=simple, strict=strict)
-    write_questions(folder, Tokenizer({'kind': 'gpt2'}), source or 'openai/gsm8k', conversation,
-                    **found)
+    found = sources.load_splits(source, 'openai/gsm8k', 'main', read=simple, strict=strict)
+    sources.write_questions(folder, tokenizer_of(tokenizer), source or 'openai/gsm8k',
+                          conversation, **found)
 
 
 if __name__ == '__main__':
-    run_prepare(globals(), prepare, 'source')
+    sources.run_prepare(globals(), prepare, 'source')

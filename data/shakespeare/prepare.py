@@ -8,8 +8,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import run_prepare, write_tokens  # noqa: E402
 from data.shakespeare_char.prepare import shakespeare  # noqa: E402
+from data.sources import run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''  # a text file to read; '' is tiny Shakespeare, downloaded if it is not there

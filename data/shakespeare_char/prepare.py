@@ -8,7 +8,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import download, read_text, run_prepare, write_tokens  # noqa: E402
+from data.files import read_text  # noqa: E402
+from data.sources import download, run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
 source = ''  # a text file to read; '' is input.txt beside this file, downloaded if it is not there

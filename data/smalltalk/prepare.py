@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from data.arithmetic.prepare import tokenizer  # noqa: E402
-from data.files import run_prepare, write_conversations  # noqa: E402
+from data.sources import run_prepare, write_conversations  # noqa: E402
 
 conversations = 2000    # to train on
 seed = 1                # which they are

@@ -1,5 +1,5 @@
 """
-SmolTalk (arXiv:2502.02737), its small version: half a million conversations, in GPT-2's tokens.
+SmolTalk (arXiv:2502.02737), its small version: half a million conversations.
 
     python data/smoltalk/prepare.py [--source='a/folder/*.jsonl']
 
@@ -13,10 +13,11 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.files import load, read_each, run_prepare, write_texts  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
+from data.files import tokenizer_of  # noqa: E402
+from data.sources import load, read_each, run_prepare, write_texts  # noqa: E402
 
 source = ''      # local files: 'folder/*.jsonl'; '' fetches HuggingFaceTB/smol-smoltalk
+tokenizer = ''   # a folder with a vocabulary, of extras/train_tokenizer.py; '' is GPT-2's
 held_out = 100   # of local files, one conversation in this many is held out; at least 1
 strict = False   # stop at a row that cannot be read, instead of leaving it out
 
@@ -27,8 +28,8 @@ def rendered(row):
                 if message['role'] in ('system', 'user', 'assistant') and message['content']]
     if not any(message['role'] == 'assistant' for message in messages):
         raise ValueError('no message of an assistant')
-    ids, in_play = Tokenizer({'kind': 'gpt2'}).render(messages)
-    return np.array(ids, np.uint16), np.array(in_play, np.uint8)
+    ids, in_play = tokenizer_of(tokenizer).render(messages)
+    return np.array(ids, tokenizer_of(tokenizer).dtype), np.array(in_play, np.uint8)
 
 
 def fetch(source='', folder=HERE):
@@ -42,7 +43,7 @@ def fetch(source='', folder=HERE):
     source = source or 'HuggingFaceTB/smol-smoltalk'
     train, val = (read_each(found[split], rendered, f'{source}, {split}', strict)
                   for split in ('train', 'test'))
-    write_texts(folder, Tokenizer({'kind': 'gpt2'}), source, train=train, val=val)
+    write_texts(folder, tokenizer_of(tokenizer), source, train=train, val=val)
 
 
 if __name__ == '__main__':
