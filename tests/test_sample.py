@@ -366,6 +366,9 @@ def test_a_checkpoint_of_another_architecture_is_named(trained, tmp_path):
             tmp_path / 'ckpt.pt',
         )
         assert 'another architecture' in inside('sample.py', f'--out_dir={tmp_path}', ok=False)
+    args = {**checkpoint['model_args'], 'n_layer': 9999}    # which would take for ever to make
+    torch.save({**checkpoint, 'model_args': args}, tmp_path / 'ckpt.pt')
+    assert '(9999 layers, ' in inside('sample.py', f'--out_dir={tmp_path}', ok=False)
     torch.save({'weights': 1}, tmp_path / 'ckpt.pt')
     assert 'not a checkpoint' in inside('sample.py', f'--out_dir={tmp_path}', ok=False)
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -311,6 +312,27 @@ def test_fifty_clients_at_once_get_each_their_own_answer(server, model):
             end=ENDS,
         )
         assert status == 200 and reply['choices'][0]['text'] == heard(request.ids)
+
+
+def test_a_long_prompt_is_encoded_beside_the_other_clients(server, monkeypatch):
+    encode, begun, go_on = Endpoint.prompts, threading.Event(), threading.Event()
+
+    def slow(*how):
+        begun.set()
+        assert go_on.wait(30)
+        return encode(*how)
+
+    monkeypatch.setattr(Endpoint, 'prompts', slow)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, server, body={'prompt': 'to', 'max_tokens': 1})
+        try:
+            assert begun.wait(30)
+            connection = http.client.HTTPConnection('127.0.0.1', server.server_port, timeout=5)
+            connection.request('GET', '/v1/models')
+            assert connection.getresponse().status == 200
+        finally:
+            go_on.set()
+        assert waiting.result()[0] == 200
 
 
 def test_a_temperature_next_to_zero_is_greedy(server):
