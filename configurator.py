@@ -68,8 +68,7 @@ def coerce(value, kind):
 def range_of(comment):
     """'...; from 0 to 1' -> (0.0, 1.0), '...; at least 1' -> (1.0, inf)"""
     found = re.search(r'(?:at least|from) (-?[\d.e-]+)(?: to (-?[\d.e-]+))?$', comment)
-    low, high = found.groups() if found else (None, None)
-    return float(low or '-inf'), float(high or 'inf')
+    return float(found and found[1] or '-inf'), float(found and found[2] or 'inf')
 
 
 def run_file(path, values):
@@ -121,11 +120,12 @@ def configure(namespace, argv=None, others=lambda values: []):
         if arg and not arg.startswith('-'):
             layers += [(arg, *pair) for pair in run_file(arg, values).items()]
         elif arg.startswith('--') and equals:
+            name = 'n_layer' if name == 'depth' else name   # config/depth.py's dial
             layers.append(('command line', name, value))
         elif arg not in ('-h', '--help', ''):
             raise ValueError(f'{arg}: expected --key=value')
     if {'-h', '--help'} & set(argv):
-        print(namespace['__doc__'], '\nSettings and their values:\n')
+        print(namespace['__doc__'] + '\nSettings and their values:\n')
         for name, (_, comment) in read_settings(*sources).items():
             print(f'  --{name}={values[name]!r}'.ljust(42), comment)
         sys.exit(0)

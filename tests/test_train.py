@@ -897,6 +897,38 @@ def test_every_config_is_accepted_and_dry_runs(config, tmp_path):
     assert ('answers of' in text) == (config.stem.endswith('_rl'))
 
 
+@pytest.mark.parametrize(
+    'depth, width, steps, batch, rates, decay',
+    [   # by hand, with 32,768 tokens: 12 * 12 * 768^2 + 32768 * 768 = 110,100,480 weights count
+        (12, 768, 2520, 2**19, (3e-3, 0.02), 0.1),      # 12 * 110,100,480 / 2^19 = 2520
+        # 729,808,896 weights, 6.6286 times as many: a batch of 2^(19 + 0.383 * 2.7287) = 2^20.05
+        (24, 1536, 8352, 2**20, (3e-3, 0.02 * 2**0.5), 0.1 * 2**0.5 / 6.62857),
+    ],
+)  # fmt: skip
+def test_the_dial_by_hand(tmp_path, depth, width, steps, batch, rates, decay):
+    tokenizer = {'kind': 'words', 'words': [f' {i:05d}' for i in range(32768 - 256 - 7)]}
+    (tmp_path / 'meta.json').write_text(json.dumps(
+        {'dtype': 'uint16', 'vocab_size': 32768, 'tokenizer': tokenizer}))  # fmt: skip
+    before = dict(vars(train))
+    try:
+        found, _ = train.configure(vars(train), [
+            f'--depth={depth}', f'--dataset={tmp_path}', str(ROOT / 'config/depth.py'),
+            '--warmdown=0.25'], train.other_settings)  # fmt: skip
+    finally:
+        vars(train).update(before)
+    assert (found['n_layer'], found['n_embd'], found['n_head']) == (depth, width, width // 128)
+    rows = found['batch_size'] * found['gradient_accumulation_steps']
+    assert rows * found['block_size'] == batch and found['max_iters'] == steps
+    assert (found['learning_rate'], found['muon_lr']) == pytest.approx(rates)
+    assert found['weight_decay'] == pytest.approx(decay, rel=1e-5)
+    assert found['warmdown'] == 0.25 and found['out_dir'] == f'out-d{depth}'
+
+
+@pytest.mark.parametrize('depth, words', [('0', 'must be from 1'), ('x', 'not of type int')])
+def test_a_depth_that_is_none_is_refused(depth, words):
+    assert words in inside('train.py', f'--depth={depth}', str(ROOT / 'config/depth.py'), ok=False)
+
+
 def test_a_nanogpt_checkpoint_resumes_with_its_optimizer(dataset, tmp_path):
     """AdamW's state is kept by number: decayed parameters first, in the order that nanoGPT has."""
     layer = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
