@@ -22,6 +22,10 @@ class GPTConfig:
     n_head: int = 12           # query heads; fewer, wider ones are cheaper; from 1 to 1e4
     n_kv_head: int = 0         # key and value heads, fewer for grouped ones; 0: n_head; at least 0
     n_embd: int = 768          # width; from 1 to 1e7
+    n_inner: int = 0           # width of an MLP; 0: n_embd times the activation's; at least 0
+    n_expert: int = 0          # MLPs that a token may go to (extras/experts.py); 0: one; at least 0
+    n_expert_active: int = 2   # of them, those it goes to; at least 1
+    n_expert_shared: int = 0   # MLPs beside them, for all tokens; at least 0
     dropout: float = 0.0       # for many epochs over little data; from 0 to 0.99
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
     norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
@@ -128,7 +132,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.activation, width, inputs = ACTIVATIONS[config.activation]
-        hidden = int(width * config.n_embd)
+        hidden = config.n_inner or int(width * config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, inputs * hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
@@ -144,6 +148,10 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn = NORMS[config.norm](config), Attention(config, layer)
         self.ln_2, self.mlp = NORMS[config.norm](config), MLP(config)
+        if config.n_expert:
+            from extras.experts import Experts
+            numbers = config.n_expert, config.n_expert_active, config.n_expert_shared
+            self.mlp = Experts(self.mlp, config.n_embd, *numbers)
 
     def forward(self, x, context):
         x = x + self.attn(self.ln_1(x), context)
@@ -182,7 +190,7 @@ class GPT(nn.Module):
                 p.zero_()
             elif name.endswith('c_proj.weight'):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
+            elif p.dim() >= 2:
                 p.normal_(std=0.02)
 
     def embed(self, idx, tail):
@@ -231,8 +239,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(context.positions)
         if self.config.norm == 'rms':
             x = F.rms_norm(x, (x.shape[-1],))   # the embedding starts small, so that it learns fast
-        x = F.dropout(x, self.config.dropout, self.training)
-        x0 = x
+        x0 = x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             if self.config.x0:      # as in github.com/KellerJordan/modded-nanogpt
                 x = self.keep[i] * x + self.again[i] * x0
@@ -249,6 +256,7 @@ class GPT(nn.Module):
         a matrix product, 12 * n_layer * C * T for attention over rows of T tokens.
         """
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        weights += sum(getattr(m, 'active_weights', 0) for m in self.modules())     # of experts
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
     def parameter_groups(self, muon):
@@ -265,10 +273,7 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0,
                              muon_dtype=torch.bfloat16):
-        """
-        AdamW for all (in nanoGPT's two groups), or with muon_lr: Muon for the layers' matrices and
-        AdamW for the rest. -> list of optimizers
-        """
+        """AdamW (in nanoGPT's two groups), with muon_lr Muon for the layers' matrices. -> a list"""
         hidden, matrices, rest = self.parameter_groups(muon_lr > 0)
         groups = [dict(params=matrices, weight_decay=weight_decay),
                   dict(params=rest, weight_decay=0.0)]
@@ -329,15 +334,15 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                updates, tall = [], shape[0] > shape[1]
+                updates, tall = [], shape[-2] > shape[-1]
                 for p in params:
                     if not self.state[p]:
                         self.state[p]['momentum'] = torch.zeros_like(p)
                     momentum = self.state[p]['momentum']
                     momentum.lerp_(p.grad, 1 - group['momentum'])
                     updates.append(p.grad.lerp(momentum, group['momentum']))    # Nesterov's
-                X = torch.stack(updates).to(self.dtype)
+                X = torch.stack(updates).to(self.dtype).flatten(0, -3)  # of experts, all
                 X = orthogonalize(X.mT).mT if tall else orthogonalize(X)
-                rate = group['lr'] * max(1, shape[0] / shape[1]) ** 0.5     # tall ones move further
-                for p, update in zip(params, X, strict=True):
+                rate = group['lr'] * max(1, shape[-2] / shape[-1]) ** 0.5   # tall ones move further
+                for p, update in zip(params, X.view(-1, *shape), strict=True):
                     p.mul_(1 - group['lr'] * group['weight_decay']).add_(update, alpha=-rate)

@@ -9,16 +9,13 @@ data/rows.py for text and conversations, else a file of stages/.
     python train.py config/train_shakespeare_char.py                                # a laptop
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py          # eight GPUs
 """
-from data import models, runs  # isort: skip  (before torch: see data/__init__.py)
-import contextlib
+from data import models, processes, runs  # isort: skip  (before torch: see data/__init__.py)
 import importlib
 import itertools
 import math
-import os
 import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +25,10 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from configurator import auto_device, auto_dtype, configure
+from configurator import configure
 from data.files import extra, mixture_of, program, read_metas, say
-from data.rows import TEXT_STAGES, all_sum, read_rows
+from data.processes import all_sum
+from data.rows import TEXT_STAGES, read_rows
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, token_log_probs
 from sample import generate
@@ -213,8 +211,7 @@ def update(run, microbatches, step):
         rng = np.random.SeedSequence((seed, step, micro, run.rank))
         torch.manual_seed(int(rng.generate_state(1)[0]))    # dropout's
         batch, micro = next(microbatches, None), micro + 1
-        exchange = batch is None or run.world == 1      # processes add up gradients once an update
-        with contextlib.nullcontext() if exchange else run.network.no_sync():
+        with processes.exchange(run.network, on=batch is None):     # once an update
             _, loss = run.forward(run.network, x, y, w)
             run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -317,28 +314,12 @@ def other_settings(values):
     return [*(vars(module) for module in modules if module), GPTConfig]
 
 
-def join_processes():
-    """-> rank, world, local rank, device and dtype of this process; torchrun starts several"""
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-    where = auto_device(device, local_rank)
-    if where.startswith('cuda'):
-        torch.cuda.set_device(where)
-    if world > 1:
-        dist.init_process_group(backend or ('nccl' if where.startswith('cuda') else 'gloo'))
-    precision = auto_dtype(dtype, where)
-    if all_sum(torch.tensor([float(precision == torch.float32)]))[0] not in (0, world):
-        precision = torch.float32       # measured in each process: they must agree
-    torch.set_float32_matmul_precision('high')
-    return rank, world, local_rank, where, precision
-
-
 def make_run(config, origin):
     """-> the Run, and the checkpoint that it resumes ({}: a new one)"""
     module = find_stage(config)
     kind = Stage(**module.stage()) if module else Stage(read_rows)
     runs.check(config, kind, SCHEDULES)
-    rank, world, local_rank, where, precision = join_processes()
+    rank, world, local_rank, where, precision = processes.join(device, dtype, backend)
     runs.choose_data(config, origin, local_rank)
     data = mixture_of(config['dataset'])
     meta = read_metas(data, check=not dry_run)
@@ -353,8 +334,7 @@ def make_run(config, origin):
     if config['compile']:
         network = torch.compile(model)
     if world > 1:
-        warnings.filterwarnings('ignore', '.*broadcast_buffers')    # renamed in torch 2.13
-        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        network = processes.data_parallel(network)
     begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,
@@ -378,6 +358,9 @@ def main():
         if dry_run:
             return
         runs.restore(run, checkpoint)
+        if run.model.config.n_expert:
+            from extras.experts import balance
+            balance(run)
         batches, evaluate = run.stage.start(run)
         if explain:
             from extras.explain import explain_batch

@@ -1,5 +1,5 @@
-# A layer on config/depth.py: two thirds of its tokens, 8 for each weight instead of 12, as nanochat's
-# speedrun takes. The batch and the rates stay.
+# A layer on config/depth.py: two thirds of its tokens, 8 for each weight instead of 12, as in
+# nanochat's speedrun. The batch and the rates stay.
 max_iters = max(1, max_iters * 8 // 12)         # noqa: F821
 warmup_iters = min(100, max_iters // 20)
 eval_interval = max(1, max_iters // 10)

@@ -9,20 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.files import say
+from data.processes import all_max, all_sum
 from data.tokens import Tokens
 
 TEXT_STAGES = 'pretrain', 'finetune'    # in which all of a conversation is in play
-
-
-def all_sum(values):
-    """Sum a small vector over all processes. -> list of numbers"""
-    if dist.is_initialized():
-        values = values.cuda() if dist.get_backend() == 'nccl' else values
-        dist.all_reduce(values)
-    return values.tolist()
 
 
 def read_rows(run):
@@ -114,11 +106,8 @@ def microbatches(run, examples):
     """Examples as x, y, w, those of like lengths together; as many batches in every process."""
     batch_size = run.config['batch_size']
     examples = sorted(examples, key=lambda example: len(example[0]))
-    count = torch.tensor(-(-len(examples) // batch_size))
-    if dist.is_initialized():
-        count = count.cuda() if dist.get_backend() == 'nccl' else count
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-    for i in range(0, int(count) * batch_size, batch_size):
+    count = all_max(-(-len(examples) // batch_size))
+    for i in range(0, count * batch_size, batch_size):
         yield pad(examples[i:i + batch_size] or [([0, 0], [False] * 2, 0)])
 
 

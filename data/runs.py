@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from data.files import find_data, missing, mixture_of, say, verify, write
 from data.models import folder_of, model_config
-from data.rows import all_sum
+from data.processes import all_sum
 
 
 def step_tokens(config):

@@ -34,8 +34,8 @@ def show(run, origin):
     hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)
     say(f"""{config['stage']} on {config['dataset']} from {config['init_from']}, into \
 {config['out_dir']}
-  model       {parameters(run.model) / 1e6:.2f}M parameters, {c.n_layer} layers, {c.n_embd} wide, \
-{c.n_head} heads ({c.n_kv_head} for keys); {flops / 1e6:.1f} MFLOPs per token
+  model       {parameters(run.model) / 1e6:.2f}M parameters{experts(run.model)}, {c.n_layer} \
+layers, {c.n_embd} wide, {c.n_head} heads ({c.n_kv_head} for keys); {flops / 1e6:.1f} MFLOPs per token
   a step      {step}
   the run     {config['max_iters']:,} steps, {whole}
   memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \
@@ -54,6 +54,14 @@ gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
 
 def parameters(model):
     return sum(p.numel() for p in model.parameters())
+
+
+def experts(model):
+    """-> of a mixture of experts, how many parameters are at work for a token"""
+    c, active = model.config, sum(getattr(m, 'active_weights', 0) for m in model.modules())
+    idle = active * (c.n_expert - c.n_expert_active) // c.n_expert_active
+    working = (parameters(model) - idle) / 1e6
+    return f' ({working:.2f}M at work: {c.n_expert_active} of {c.n_expert} experts)' * bool(active)
 
 
 def memory(run):

@@ -26,7 +26,8 @@ import torch
 
 from data.files import say
 from data.models import load_reference
-from data.rows import all_sum, microbatches
+from data.processes import all_sum
+from data.rows import microbatches
 from data.tasks import answer_questions, in_play, tasks_of
 from sample import Sampling
 

@@ -64,7 +64,7 @@ def test_the_core_imports_no_room_at_module_level(path):
         roots = {alias.name.split('.')[0] for node in ast.walk(tree)
                  if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
         roots |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert {root.split('.')[0] for root in roots} <= {'torch', 'math', 'dataclasses'}
+        assert {root.split('.')[0] for root in roots} <= {'torch', 'math', 'dataclasses', 'extras'}
 
 
 @pytest.mark.parametrize('path', [ROOT / name for name in BUDGETS] + ROOMS, ids=module_of)

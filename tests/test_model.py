@@ -75,7 +75,7 @@ def test_the_future_changes_nothing(model):
     changed = idx.clone()
     changed[0, 13:] = (idx[0, 13:] + 1) % 50
     before, after = model(idx)[0], model(changed)[0]
-    torch.testing.assert_close(before[0, :13], after[0, :13], atol=1e-6, rtol=0)
+    torch.testing.assert_close(before[0, :13], after[0, :13], atol=1e-5, rtol=0)
     assert not torch.allclose(before[0, 13], after[0, 13])
 
 

@@ -1,0 +1,60 @@
+"""
+One process or several: torchrun starts one for each GPU, and each runs the whole program.
+"""
+import contextlib
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configurator import auto_device, auto_dtype
+
+
+def join(device, dtype, backend):
+    """-> rank, world, local rank, device and dtype of this process, by the settings"""
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
+                               (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    where = auto_device(device, local_rank)
+    if where.startswith('cuda'):
+        torch.cuda.set_device(where)
+    if world > 1:
+        dist.init_process_group(backend or ('nccl' if where.startswith('cuda') else 'gloo'))
+    precision = auto_dtype(dtype, where)
+    if all_sum(torch.tensor([float(precision == torch.float32)]))[0] not in (0, world):
+        precision = torch.float32       # measured in each process: they must agree
+    torch.set_float32_matmul_precision('high')
+    return rank, world, local_rank, where, precision
+
+
+def all_sum(values):
+    """Sum a small tensor over all processes. -> list of numbers"""
+    if dist.is_initialized():
+        values = values.cuda() if dist.get_backend() == 'nccl' else values
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def all_max(number):
+    """-> the largest number of all processes'"""
+    number = torch.tensor(number)
+    if dist.is_initialized():
+        number = number.cuda() if dist.get_backend() == 'nccl' else number
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def data_parallel(network):
+    """-> the network, whole in each process, whose gradients become the mean over all"""
+    warnings.filterwarnings('ignore', '.*broadcast_buffers')    # renamed in torch 2.13
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def exchange(network, on):
+    """-> a context for back-propagation in which processes exchange gradients, or do not"""
+    if hasattr(network, 'set_requires_gradient_sync'):      # extras/shard.py
+        network.set_requires_gradient_sync(on)
+    elif hasattr(network, 'no_sync') and not on:
+        return network.no_sync()
+    return contextlib.nullcontext()

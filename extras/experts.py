@@ -1,0 +1,93 @@
+"""
+A mixture of experts in the place of a block's MLP (arXiv:1701.06538; Grok-1 is one): each token
+goes through n_expert_active of n_expert MLPs, which a router chooses, and through the shared ones.
+
+    python train.py config/train_gpt2.py --n_expert=8 --n_expert_active=2 --n_inner=1536
+
+The loads of the experts are balanced without a loss (arXiv:2408.15664): the choice is by score + b,
+the weight of what is chosen by the score alone. After each update b falls a little for an expert
+that had more than its share of the tokens and rises for the others. Since b is in no product, it
+has no gradient and gives none to anything: it cannot pull the model away from its loss.
+"""
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from data.processes import all_sum
+
+BALANCE = 1e-3      # how much b moves in an update
+
+
+class Stack(nn.Module):
+    """The matrices of all experts in one parameter: (experts, out, in), as Linear's (out, in)."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+    def forward(self, x, ends):
+        """x: (rows, in), those of expert i before row ends[i]. -> (rows, out)"""
+        return F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
+
+
+class Experts(nn.Module):
+
+    def __init__(self, mlp, C, E, active, shared):
+        """mlp: what an expert is like; C: its width outside; numbers of experts, of those that are
+        active for a token, of those beside them that are for all tokens"""
+        super().__init__()
+        if active > E or mlp.c_fc.bias is not None or mlp.dropout:
+            raise ValueError(f'n_expert={E}, n_expert_active={active}: at most all experts are '
+                             'active, and they have no biases and no dropout')
+        self.active, self.activation = active, mlp.activation
+        self.router = nn.Linear(C, E, bias=False)
+        self.c_fc = Stack(E, *mlp.c_fc.weight.shape)
+        self.c_proj = Stack(E, *mlp.c_proj.weight.shape)
+        self.shared = nn.ModuleList(copy.deepcopy(mlp) for _ in range(shared))
+        self.register_buffer('b', torch.zeros(E))
+        self.register_buffer('load', torch.zeros(E))    # tokens for each expert since the update
+
+    @property
+    def active_weights(self):
+        """The weights of the stacks that a token is multiplied with."""
+        stacks = self.c_fc.weight.numel() + self.c_proj.weight.numel()
+        return stacks * self.active // len(self.b)
+
+    def route(self, x):
+        """x: (N, C) -> chosen: (N, active) experts, weights: the same shape, of sum 1"""
+        scores = self.router(x).float().softmax(-1)
+        chosen = (scores + self.b).topk(self.active).indices
+        weights = scores.gather(1, chosen)
+        return chosen, weights / weights.sum(1, keepdim=True)
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)                                       # (N, C)
+        chosen, weights = self.route(tokens)
+        order = chosen.flatten().argsort(stable=True)                   # (N * active), by expert
+        load = chosen.flatten().bincount(minlength=len(self.b))
+        if self.training and torch.is_grad_enabled():
+            self.load += load
+        ends, device = load.cumsum(0).int(), x.device.type
+        if torch.is_autocast_enabled(device):   # which does not know grouped_mm
+            tokens = tokens.to(torch.get_autocast_dtype(device))
+        y = self.activation(self.c_fc(tokens[order // self.active], ends))
+        y = self.c_proj(y, ends)[order.argsort()]                       # back, by token
+        y = (y.view(*chosen.shape, -1) * weights[..., None].to(y.dtype)).sum(1).view(x.shape)
+        return sum((shared(x) for shared in self.shared), y)
+
+
+def balance(run):
+    """Let the experts' loads of all processes move b after each update of the weights."""
+    layers = [module for module in run.model.modules() if isinstance(module, Experts)]
+
+    def update(*_):
+        loads = torch.tensor(all_sum(torch.stack([layer.load for layer in layers])))
+        for layer, load in zip(layers, loads, strict=True):
+            layer.b += BALANCE * (load.mean() - load).sign().to(layer.b)
+            layer.load.zero_()
+        share = loads / loads.sum(1, keepdim=True).clamp(min=1)
+        run.note(busiest_expert=share.max(), idlest_expert=share.min())
+
+    run.optimizers[-1].register_step_post_hook(update)
