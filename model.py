@@ -325,10 +325,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
+        self.dtype, self.orthogonalize = dtype, orthogonalize
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             shapes = {}
             for p in group['params']:
@@ -342,7 +342,7 @@ class Muon(torch.optim.Optimizer):
                     momentum.lerp_(p.grad, 1 - group['momentum'])
                     updates.append(p.grad.lerp(momentum, group['momentum']))    # Nesterov's
                 X = torch.stack(updates).to(self.dtype).flatten(0, -3)  # of experts, all
-                X = orthogonalize(X.mT).mT if tall else orthogonalize(X)
+                X = self.orthogonalize(X.mT).mT if tall else self.orthogonalize(X)
                 rate = group['lr'] * max(1, shape[-2] / shape[-1]) ** 0.5   # tall ones move further
                 for p, update in zip(params, X.view(-1, *shape), strict=True):
                     p.mul_(1 - group['lr'] * group['weight_decay']).add_(update, alpha=-rate)

@@ -76,6 +76,8 @@ device = 'auto'              # cuda, cuda:1, mps or cpu
 dtype = 'auto'               # float32, bfloat16 or float16; auto: the fastest here
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
+shard = False                # share the model out among the processes (extras/shard.py)
+checkpoint = 'whole'         # whole: a file; sharded: a folder of each process' parts beside it
 
 MAX_SKIPS = 5   # this many updates in a row without a finite gradient end the run
 
@@ -234,7 +236,7 @@ def apply_gradient(run, loss, in_play, rate):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     scale = run.world / in_play     # DistributedDataParallel has divided by run.world
-    norm = torch.nn.utils.get_total_norm(grads).item() * scale
+    norm = processes.plain(torch.nn.utils.get_total_norm(grads)).item() * scale
     finite = math.isfinite(norm + loss)
     overflow = run.scaler.is_enabled() and math.isfinite(loss)  # fp16 is looking for its scale
     run.skipped = 0 if finite or overflow else run.skipped + 1
@@ -282,18 +284,19 @@ def assess(run, evaluate):
         runs.save(run, 'best.pt')
     if always_save_checkpoint or run.best == score or run.step >= max_iters:
         runs.save(run, 'ckpt.pt')
+    model = processes.whole_model(run) if sample_tokens else None
     if run.rank == 0:
-        show(run)
+        show(run, model)
     run.model.train()
 
 
-def show(run):
+def show(run, model):
     """What a person looks at beside the numbers: the run's picture and a sample."""
     if plot := extra('plot'):
         folder, title = run.config['out_dir'], f'{stage} on {run.config["dataset"]}'
         plot.draw([folder], Path(folder, 'loss.png'), title)
     if sample_tokens:
-        ids = generate(run.model, [run.tokenizer.begin], sample_tokens, seed=seed)[0]
+        ids = generate(model, [run.tokenizer.begin], sample_tokens, seed=seed)[0]
         say('  | ' + run.tokenizer.decode(ids).replace('\n', '\n  | '))
 
 
@@ -323,17 +326,20 @@ def make_run(config, origin):
     runs.choose_data(config, origin, local_rank)
     data = mixture_of(config['dataset'])
     meta = read_metas(data, check=not dry_run)
-    model, checkpoint = models.make_model(config, origin, meta)
-    resumed = init_from == 'resume' and bool(checkpoint)
+    model, known = models.make_model(config, origin, meta)
+    resumed = init_from == 'resume' and bool(known)
     if resumed and dtype == 'auto':     # measured when it began; a busy machine may differ
-        precision = getattr(torch, checkpoint['config'].get('dtype', 'auto'), precision)
+        precision = getattr(torch, known['config'].get('dtype', 'auto'), precision)
     config['dtype'] = str(precision)[6:]
-    network = model = model if dry_run else model.to(where)
+    network = model = model if dry_run or shard else model.to(where)    # FSDP moves its parts
     if compile is None:
         config['compile'] = where.startswith('cuda')
+    if shard and not dry_run:
+        from extras.shard import shard_model
+        shard_model(model, precision)
     if config['compile']:
         network = torch.compile(model)
-    if world > 1:
+    if world > 1 and not shard:
         network = processes.data_parallel(network)
     begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(
@@ -345,19 +351,22 @@ def make_run(config, origin):
             torch.bfloat16 if precision == torch.bfloat16 else torch.float32),
         scaler=torch.amp.GradScaler('cuda', enabled=precision == torch.float16,
                                     init_scale=2.0 ** 16 / (batch_size * block_size)),
-        lineage=checkpoint.get('lineage', []) + [begun] * (not resumed),
-    ), checkpoint if resumed else {}
+        lineage=known.get('lineage', []) + [begun] * (not resumed),
+    ), known if resumed else {}
 
 
 def main():
     config, origin = configure(globals(), others=other_settings)
     try:
-        run, checkpoint = make_run(config, origin)
+        run, resumed = make_run(config, origin)
         if card := extra('card'):
             card.show(run, origin)
         if dry_run:
             return
-        runs.restore(run, checkpoint)
+        runs.restore(run, resumed)
+        if shard:
+            from extras.shard import share_matrices
+            share_matrices(run.optimizers)
         if run.model.config.n_expert:
             from extras.experts import balance
             balance(run)
@@ -367,7 +376,7 @@ def main():
             return explain_batch(run, next(batches(run.step), None))
         if eval_only:
             return assess(run, evaluate)
-        runs.open_folder(run, resumed=bool(checkpoint))
+        runs.open_folder(run, resumed=bool(resumed))
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, run.finish)
         loop(run, batches, evaluate)

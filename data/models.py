@@ -64,12 +64,16 @@ def load_model(source, dropout=0.0):
     try:
         if 'norm' not in args:      # nanoGPT's checkpoints know one architecture
             args = {**GPT2, **args}
-        if args['n_layer'] > len(checkpoint['model']):
+        if args['n_layer'] > len(checkpoint['model']) and 'parts' not in checkpoint:
             raise ValueError(f'{args["n_layer"]} layers, {len(checkpoint["model"])} tensors')
         model = GPT(GPTConfig(**{**args, 'dropout': dropout}))
-        model.load_state_dict({
-            name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
-            if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
+        if 'parts' in checkpoint:
+            from extras.shard import load_parts
+            load_parts(model, (), path.parent / Path(checkpoint['parts']).name)
+        else:
+            model.load_state_dict({
+                name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()
+                if not name.endswith('.attn.bias')})    # the causal mask of an old nanoGPT
         spec = checkpoint.get('tokenizer') or read_meta(
             DATA / checkpoint.get('config', {}).get('dataset', ''))['tokenizer']
         tokenizer = Tokenizer(spec)

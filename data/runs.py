@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from data.files import find_data, missing, mixture_of, say, verify, write
 from data.models import folder_of, model_config
-from data.processes import all_sum
+from data.processes import all_sum, plain
 
 
 def step_tokens(config):
@@ -43,6 +44,11 @@ def check(config, stage, schedules):
                          'whose weights w come from what the whole model says')
     if Path(config['out_dir']).resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f'--out_dir={config["out_dir"]}: a run needs a folder of its own')
+    if config['checkpoint'] not in ('whole', 'sharded'):
+        raise ValueError(f'--checkpoint={config["checkpoint"]}: choose whole or sharded')
+    if config['shard'] and world == 1 and not config['dry_run']:
+        raise ValueError('--shard=True shares a model out among processes: start several, with '
+                         'torchrun')
     if config['wandb_log']:
         import wandb  # noqa: F401  so that a missing one is said before anything is done
     if config['compile'] is None and torch.cuda.is_available():     # then it is a default:
@@ -176,18 +182,46 @@ def how_to_resume(run):
 def save(run, name):
     """Write out_dir/name, a checkpoint: under a temporary name, then renamed, so never half.
     ValueError for weights that are not finite: a good checkpoint is not replaced by those."""
-    if not all(p.isfinite().all() for p in run.model.parameters()):
+    if not all(plain(p.isfinite().all()) for p in run.model.parameters()):
         raise ValueError(f'the weights of step {run.step} are not finite, and not saved: lower '
                          '--learning_rate and --muon_lr')
-    if run.rank:
-        return
     content = {
         'model': run.model.state_dict(), 'optimizer': [o.state_dict() for o in run.optimizers],
         'scaler': run.scaler.state_dict(), 'model_args': asdict(run.model.config),
         'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
         'seconds': run.seconds, 'tokens': run.tokens, 'notes': run.notes, 'since': run.since,
         'tokenizer': run.tokenizer.spec, 'lineage': run.lineage}
-    write(Path(run.config['out_dir'], name), lambda file: torch.save(content, file))
+    path = Path(run.config['out_dir'], name)
+    if run.config['checkpoint'] == 'sharded':
+        from extras.shard import save_parts
+        parts = path.with_name(f'{path.stem}-{run.step}')
+        save_parts(run.model, run.optimizers, parts)
+        content |= {'model': {}, 'optimizer': [], 'parts': parts.name}
+    elif run.config['shard']:
+        from extras.shard import whole
+        content = whole(content, run.rank == 0)
+    if run.rank == 0:
+        write(path, lambda file: torch.save(content, file))
+        for older in path.parent.glob(f'{path.stem}-*'):
+            if older.name != content.get('parts'):
+                shutil.rmtree(older)
+
+
+def restore_optimizers(run, checkpoint):
+    if 'parts' in checkpoint:
+        from extras.shard import load_parts
+        return load_parts(run.model, run.optimizers, Path(
+            run.config['out_dir'], Path(checkpoint['parts']).name))
+    states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
+    states = states if isinstance(states, list) else [states]
+    if len(states) != len(run.optimizers):
+        raise ValueError('set --muon_lr to ' + ('a rate' if len(states) > 1 else '0')
+                         + ', as that run had it')
+    for optimizer, state in zip(run.optimizers, states, strict=True):
+        if run.config['shard']:
+            from extras.shard import scatter
+            state = scatter(state, optimizer)
+        optimizer.load_state_dict(state)
 
 
 def restore(run, checkpoint):
@@ -196,13 +230,7 @@ def restore(run, checkpoint):
         return
     path = f'{run.config["out_dir"]}/ckpt.pt'
     try:
-        states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
-        states = states if isinstance(states, list) else [states]
-        if len(states) != len(run.optimizers):
-            raise ValueError('set --muon_lr to ' + ('a rate' if len(states) > 1 else '0')
-                             + ', as that run had it')
-        for optimizer, state in zip(run.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        restore_optimizers(run, checkpoint)
         if checkpoint.get('scaler'):
             run.scaler.load_state_dict(checkpoint['scaler'])
         run.step, run.best = int(checkpoint['iter_num']), float(checkpoint['best_val_loss'])

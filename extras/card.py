@@ -35,7 +35,8 @@ def show(run, origin):
     say(f"""{config['stage']} on {config['dataset']} from {config['init_from']}, into \
 {config['out_dir']}
   model       {parameters(run.model) / 1e6:.2f}M parameters{experts(run.model)}, {c.n_layer} \
-layers, {c.n_embd} wide, {c.n_head} heads ({c.n_kv_head} for keys); {flops / 1e6:.1f} MFLOPs per token
+layers, {c.n_embd} wide, {c.n_head} heads ({c.n_kv_head} for keys); {flops / 1e6:.1f} MFLOPs per \
+token
   a step      {step}
   the run     {config['max_iters']:,} steps, {whole}
   memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \

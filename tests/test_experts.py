@@ -1,4 +1,4 @@
-"""Mixtures of experts against a loop over tokens, Mixtral's block, and the rule that balances them."""
+"""Mixtures of experts against a loop over tokens and Mixtral's block; their balance."""
 
 import copy
 import json
@@ -64,8 +64,9 @@ def test_the_block_of_mixtral_says_the_same(monkeypatch):
 
     monkeypatch.setitem(model.ACTIVATIONS, 'gelu', (swiglu, 4, 2))
     ours = tiny(**MIXED, activation='gelu', n_inner=48).transformer.h[0].mlp
-    theirs = mixtral.MixtralSparseMoeBlock(mixtral.MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_local_experts=5, num_experts_per_tok=2))  # fmt: skip
+    config = mixtral.MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=5,
+                                   num_experts_per_tok=2)  # fmt: skip
+    theirs = mixtral.MixtralSparseMoeBlock(config)
     theirs.load_state_dict({
         'gate.weight': ours.router.weight, 'experts.gate_up_proj': ours.c_fc.weight,
         'experts.down_proj': ours.c_proj.weight})  # fmt: skip

@@ -425,6 +425,23 @@ def test_two_processes_give_the_gradients_of_one_in_every_stage(
         torch.testing.assert_close(two, one, atol=2e-7, rtol=1e-3)
 
 
+@pytest.mark.parametrize('stage', ['rl', 'dpo'])
+def test_a_stage_of_a_model_that_is_shared_out_is_that_of_a_whole_one(
+    talks, taught, tmp_path, stage, odd_answers_are_right
+):
+    """Processes roll out with unequal numbers of forward passes; AdamW's averages are gradients."""
+    folder = pairs_folder(tmp_path / 'pairs') if stage == 'dpo' else talks
+    how = dict(stage=stage, max_iters=1, grad_clip=0, num_prompts=6, batch_size=4)
+    found = []
+    for name, launcher, more in ('one', (), []), ('two', TORCHRUN, ['--shard=True']):
+        run('train.py', *common(folder, tmp_path / name, taught, **how), *more, launcher=launcher,
+            env={'OMP_NUM_THREADS': '1'})  # fmt: skip
+        found.append(read_checkpoint(tmp_path / name / 'ckpt.pt')['optimizer'][0]['state'])
+    assert any(values['exp_avg'].abs().max() > 1e-5 for values in found[0].values())
+    for i, values in found[0].items():
+        torch.testing.assert_close(found[1][i]['exp_avg'], values['exp_avg'], atol=2e-8, rtol=1e-3)
+
+
 def test_several_updates_of_a_rollout_are_those_of_ppos_clipped_objective(monkeypatch):
     monkeypatch.setattr(rl, 'clip_ratio', 0.2)
     old = torch.log(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.3, 0.3]))
