@@ -26,6 +26,8 @@ class GPTConfig:
     n_expert: int = 0          # MLPs that a token may go to (extras/experts.py); 0: one; at least 0
     n_expert_active: int = 2   # of them, those it goes to; at least 1
     n_expert_shared: int = 0   # MLPs beside them, for all tokens; at least 0
+    window_pattern: str = 'L'  # of the layers in turn: L sees all, S a part; the last one sees all
+    short_window: int = 256    # tokens that an S layer sees (extras/windows.py); at least 1
     dropout: float = 0.0       # for many epochs over little data; from 0 to 0.99
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
     norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
@@ -55,6 +57,12 @@ class GPTConfig:
         """Rows of the token tables: vocab_size, rounded up."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def windows(self):
+        """Of each layer, the number of tokens that it sees."""
+        kinds = (self.window_pattern * self.n_layer)[:self.n_layer - 1] + 'L'
+        return [self.short_window if kind == 'S' else self.block_size for kind in kinds]
+
 
 def relu2(x):
     x = F.relu(x)
@@ -65,7 +73,8 @@ def relu2(x):
 ACTIVATIONS = {'relu2': (relu2, 4, 1), 'gelu': (F.gelu, 4, 1), 'gelu_tanh': (nn.GELU('tanh'), 4, 1)}
 NORMS = {'rms': lambda config: nn.RMSNorm(config.n_embd, elementwise_affine=False),
          'layer': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias)}
-CHOICES = {'norm': tuple(NORMS), 'position': ('rope', 'learned'), 'activation': tuple(ACTIVATIONS)}
+CHOICES = {'norm': tuple(NORMS), 'position': ('rope', 'learned'), 'activation': tuple(ACTIVATIONS),
+           'window_pattern': ('L', 'SL', 'SSL', 'SSSL')}
 # What turns the modern default into GPT-2 (nanoGPT's; OpenAI's weights want gelu_tanh).
 GPT2 = dict(bias=True, norm='layer', position='learned', qk_norm=False, activation='gelu',
             tied=True, zero_init=False, x0=False, vocab_multiple=1)
@@ -93,6 +102,7 @@ class Context:
     mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: no mask
     is_causal: bool = False    # without a mask: a query sees the keys up to its own position
     rope: torch.Tensor = None  # (2, B or 1, T, 1, D), the angles of these positions for rotate()
+    attend: object = F.scaled_dot_product_attention     # what reads them; see extras/windows.py
     cache: object = None       # where keys and values of earlier tokens are kept; see sample.py
 
 
@@ -120,7 +130,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or G, T or S, D)
         if T == 1:  # heads that share a key become queries of one head, so that it is read once
             q = q.reshape(B, G, H // G, self.width)
-        y = F.scaled_dot_product_attention(
+        y = context.attend(
             q, k, v, attn_mask=context.mask, is_causal=context.is_causal,
             dropout_p=self.config.dropout * self.training, enable_gqa=q.shape[1] != G)
         y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, C))
@@ -128,7 +138,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.activation, width, inputs = ACTIVATIONS[config.activation]
@@ -143,7 +152,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1, self.attn = NORMS[config.norm](config), Attention(config, layer)
@@ -159,7 +167,6 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -223,17 +230,18 @@ class GPT(nn.Module):
         return context
 
     def forward(self, idx, targets=None, weights=None, cache=None):
-        """
-        idx: (B, T) token ids -> logits, loss.
-
+        """idx: (B, T) token ids -> logits, loss.
         Training: targets (B, T), -1 where a token is not in play, or (B, T, K), several for each;
         weights of their shape, 1 if None. Logits are (B, T, V); the loss is the SUM of weight *
         -log p(target) over what is in play, so that whoever adds up several batches divides once.
         Decoding: with a cache, each row of idx continues its row of the cache and advances it. Rows
         of different lengths are padded at the right with -1. Logits are (B, 1, V), of each row's
-        last token. A row of more than block_size tokens raises ValueError on a CPU.
-        """
+        last token. A row of more than block_size tokens raises ValueError on a CPU."""
         context = self.make_context(idx, cache)
+        contexts = [context] * self.config.n_layer
+        if 'S' in self.config.window_pattern:
+            from extras.windows import contexts_of
+            contexts = contexts_of(self.config, context)
         x, recent = self.embed(idx, context.tail)
         if self.config.position == 'learned':
             x = x + self.transformer.wpe(context.positions)
@@ -243,7 +251,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             if self.config.x0:      # as in github.com/KellerJordan/modded-nanogpt
                 x = self.keep[i] * x + self.again[i] * x0
-            x = block(x, context)
+            x = block(x, contexts[i])
         if cache is not None:
             x = cache.advance(x, recent)    # (B, 1, C), each row's last token
         logits = self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
@@ -251,13 +259,12 @@ class GPT(nn.Module):
         return logits, loss
 
     def flops_per_token(self, T):
-        """
-        Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight of
-        a matrix product, 12 * n_layer * C * T for attention over rows of T tokens.
-        """
+        """Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight
+        of a matrix product, 12 * C for each token that a layer sees in rows of T tokens."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         weights += sum(getattr(m, 'active_weights', 0) for m in self.modules())     # of experts
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
+        seen = sum(min(T, window) for window in self.config.windows)
+        return 6 * weights + 12 * self.config.n_embd * seen
 
     def parameter_groups(self, muon):
         """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""
@@ -286,10 +293,8 @@ class GPT(nn.Module):
 
 
 def token_log_probs(logits, targets):
-    """
-    logits: (B, T, V), targets: (B, T) or (B, T, K), -1 where not in play
-    -> log p(target), of targets' shape, 0 where not in play
-    """
+    """logits: (B, T, V), targets: (B, T) or (B, T, K), -1 where not in play
+    -> log p(target), of targets' shape, 0 where not in play"""
     if targets.dim() == 2:
         return -F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
                                 reduction='none').view(targets.shape)
@@ -306,10 +311,8 @@ def weighted_loss(logits, targets, weights=None):
 
 
 def orthogonalize(X, steps=5):
-    """
-    X: (matrices, rows <= columns) -> about U V^T for each X = U S V^T (singular values 0.7 to 1.2):
-    Newton-Schulz on an odd quintic, with the coefficients of kellerjordan.github.io/posts/muon.
-    """
+    """X: (matrices, rows <= columns) -> about U V^T of each U S V^T (singular values 0.7 to 1.2) by
+    Newton-Schulz on an odd quintic, with the coefficients of kellerjordan.github.io/posts/muon."""
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
@@ -318,10 +321,8 @@ def orthogonalize(X, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """
-    Momentum, orthogonalized: every direction of a matrix moves by the same amount (Jordan et al.
-    2024). Matrices of one shape go through Newton-Schulz together, not one by one as in torch's.
-    """
+    """Momentum, orthogonalized: every direction of a matrix moves by the same amount (Jordan et al.
+    2024). Matrices of one shape go through Newton-Schulz together, not one by one as in torch's."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))

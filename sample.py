@@ -70,10 +70,9 @@ class Request:
 
 
 class KVCache:
-    """
-    Keys and values of every layer for a fixed number of rows, each at a position of its own, so
-    that texts of different lengths decode side by side. What lies beyond pos is never read.
-    """
+    """Keys and values of every layer for a fixed number of rows, each at a position of its own, so
+    that texts of different lengths decode side by side. What lies beyond pos is never read."""
+    overwrites = False      # whether a row's first tokens are gone once it has read on
 
     def __init__(self, config, rows, device='cpu', dtype=torch.float32):
         self.block_size = config.block_size     # and one slot more, which padding is written to
@@ -128,11 +127,16 @@ class KVCache:
         return x[self.row, (self.lengths[:, None] - 1).clamp(min=0)]
 
 
+def make_cache(config, rows, device='cpu', dtype=torch.float32):
+    if 'S' not in config.window_pattern:
+        return KVCache(config, rows, device, dtype)
+    from extras.windows import window_cache
+    return window_cache(KVCache)(config, rows, device, dtype)
+
+
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """
-    logits: (B, V), Sampling's fields in their order, numbers or (B, 1) -> (B, V), what a token is
-    drawn from: the top_k likeliest, of them the likeliest with top_p. At temperature 0: one-hot.
-    """
+    """logits: (B, V), Sampling's fields, numbers or (B, 1) -> (B, V), what a token is drawn from:
+    the top_k likeliest, of them the likeliest with top_p. At temperature 0: one-hot."""
     temperature, top_k, top_p = (torch.as_tensor(value, device=logits.device).expand(len(logits), 1)
                                  for value in (temperature, top_k, top_p))
     greedy = temperature < 1e-4     # less would divide beyond what fp32 can hold
@@ -187,7 +191,7 @@ def decode(model, requests, rows):
     yielded when every row is idle. Memory: rows * block_size keys and values.
     """
     weight = model.transformer.wte.weight
-    cache = KVCache(model.config, rows, weight.device, weight.dtype)
+    cache = make_cache(model.config, rows, weight.device, weight.dtype)
     live, source, more = [], iter(requests), True   # live[i] is in row i of the cache: no gaps
     while live or more:
         yield from release(live, cache)
@@ -278,9 +282,10 @@ def release(live, cache):
 
 def share_context(live, i, cache):
     """Let a row copy its context, all but the last token, from a row that began with the same."""
-    row, same = live[i], [j for j in range(i) if live[j].context == live[i].context]
+    row, (*read, last) = live[i], live[i].context
+    same = [j for j in range(i) if live[j].context == row.context
+            and (live[j].held == len(row.context) or not cache.overwrites)]
     if same:
-        *read, last = row.context
         cache.copy_row(same[0], i, len(read))
         cache.truncate(i, read)
         row.pending, row.held = [last], len(read)

@@ -136,6 +136,13 @@ class Run:
         with torch.autocast(self.device.split(':')[0], self.dtype, self.dtype != torch.float32):
             return network(*batch)
 
+    def whole(self):
+        """-> the model; if it is sharded, a whole copy, for which every process must ask."""
+        if not shard:
+            return self.model
+        from extras.shard import gather
+        return gather(self.model, GPT)
+
     @torch.no_grad()
     def log_probs(self, network, x, y):
         """-> log p(y | x) under a network, 0 where y is not in play: (B, T)"""
@@ -284,7 +291,7 @@ def assess(run, evaluate):
         runs.save(run, 'best.pt')
     if always_save_checkpoint or run.best == score or run.step >= max_iters:
         runs.save(run, 'ckpt.pt')
-    model = processes.whole_model(run) if sample_tokens else None
+    model = run.whole() if sample_tokens else None
     if run.rank == 0:
         show(run, model)
     run.model.train()

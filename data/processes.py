@@ -50,14 +50,6 @@ def plain(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def whole_model(run):
-    """-> the run's model; if it is sharded, a whole copy of it, which every process must ask for"""
-    if not run.config['shard']:
-        return run.model
-    from extras.shard import gather
-    return gather(run.model)
-
-
 def data_parallel(network):
     """-> the network, whole in each process, whose gradients become the mean over all"""
     warnings.filterwarnings('ignore', '.*broadcast_buffers')    # renamed in torch 2.13

@@ -21,8 +21,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from model import GPT
-
 # A checkpoint of parts may well be read or written by one process.
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')
 
@@ -53,7 +51,7 @@ def share_matrices(optimizers):
             optimizer.orthogonalize = share(optimizer.orthogonalize)
 
 
-def gather(model):
+def gather(model, GPT):
     """-> in each process a whole copy of a sharded model. All of them must call it."""
     device = next(model.parameters()).device
     with torch.device('meta'):

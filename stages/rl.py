@@ -26,7 +26,7 @@ import torch
 
 from data.files import say
 from data.models import load_reference
-from data.processes import all_sum, whole_model
+from data.processes import all_sum
 from data.rows import microbatches
 from data.tasks import answer_questions, in_play, tasks_of
 from sample import Sampling
@@ -96,7 +96,7 @@ def policy(run):
     """The model as it answers: a copy in this run's precision, which its KV cache then has too.
     Learning keeps fp32 weights under autocast: p of a sampled token in learning / in decoding is
     1.0000 +- 0.0071 in bf16 (python tests/bench.py rl)."""
-    model = whole_model(run)
+    model = run.whole()
     return model if run.dtype == torch.float32 else copy.deepcopy(model).to(run.dtype)
 
 

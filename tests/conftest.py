@@ -35,6 +35,7 @@ FAMILIES = {
     'modern': {},
     'grouped heads': {'n_head': 4, 'n_kv_head': 2},
     'experts': {'n_expert': 5, 'n_expert_active': 2, 'n_expert_shared': 1},
+    'windows': {'n_layer': 4, 'window_pattern': 'SSL', 'short_window': 7},
     'n-grams': {'ngrams': 3, 'ngram_rows': 60},
     'GPT-2': dict(GPT2, vocab_multiple=64),
 }

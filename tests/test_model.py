@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from data.models import load_model, widen
 from extras.gpt2 import load_gpt2
 from model import GPT2, GPTConfig, Muon, orthogonalize, rotary, rotate
-from sample import KVCache
+from sample import make_cache
 
 
 def cached_logits(model, idx, pieces):
     """Feed idx: (B, T) through a cache in pieces; the logits after each piece."""
-    cache = KVCache(model.config, len(idx), dtype=model.lm_head.weight.dtype)
+    cache = make_cache(model.config, len(idx), dtype=model.lm_head.weight.dtype)
     return [model(piece, cache=cache)[0][:, 0] for piece in idx.split(pieces, dim=1)]
 
 
@@ -40,7 +40,7 @@ def test_cached_equals_uncached_in_bfloat16(model):
 
 def test_rows_of_different_lengths_decode_side_by_side(model):
     rows = [torch.randint(50, (length,)) for length in (3, 11, 7)]
-    cache = KVCache(model.config, 3)
+    cache = make_cache(model.config, 3)
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     for _ in range(4):
         logits = model(idx, cache=cache)[0][:, 0]
@@ -54,7 +54,7 @@ def test_rows_of_different_lengths_decode_side_by_side(model):
 
 
 def test_a_row_with_nothing_to_read_stays_where_it_is(model):
-    cache = KVCache(model.config, 2)
+    cache = make_cache(model.config, 2)
     first, second = torch.randint(50, (2, 5)), torch.randint(50, (1, 3))
     model(first, cache=cache)
     held = cache.kv[0, :, 1, :5].clone()
@@ -67,7 +67,7 @@ def test_a_row_with_nothing_to_read_stays_where_it_is(model):
 def test_a_full_cache_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match='block_size=24'):
-        model(torch.zeros(1, 25, dtype=torch.long), cache=KVCache(model.config, 1))
+        model(torch.zeros(1, 25, dtype=torch.long), cache=make_cache(model.config, 1))
 
 
 def test_the_future_changes_nothing(model):
