@@ -56,11 +56,12 @@ class Experts(nn.Module):
         return stacks * self.active // len(self.b)
 
     def route(self, x):
-        """x: (N, C) -> chosen: (N, active) experts, weights: the same shape, of sum 1"""
+        """x: (N, C) -> chosen: (N, active) experts, weights: the same shape, of sum 1 (a single one
+        has its score: with a weight of 1 the router would not learn)"""
         scores = self.router(x).float().softmax(-1)
         chosen = (scores + self.b).topk(self.active).indices
         weights = scores.gather(1, chosen)
-        return chosen, weights / weights.sum(1, keepdim=True)
+        return chosen, weights if self.active == 1 else weights / weights.sum(1, keepdim=True)
 
     def forward(self, x):
         tokens = x.flatten(0, -2)                                       # (N, C)

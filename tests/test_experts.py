@@ -48,6 +48,14 @@ def test_experts_are_a_loop_over_tokens_and_so_are_their_gradients(shared):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
 
 
+def test_the_router_learns_with_one_active_expert_too():
+    for active in 1, 2:
+        layer = tiny(n_expert=5, n_expert_active=active).transformer.h[0].mlp
+        x = torch.randn(6, 32)
+        (layer(x) * torch.randn(6, 32)).sum().backward()
+        assert layer.router.weight.grad.abs().max() > 1e-3
+
+
 def test_an_expert_that_no_token_chose_has_no_gradient():
     layer = tiny(**MIXED).transformer.h[0].mlp
     layer.b.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0]))
