@@ -74,6 +74,7 @@ warmdown = 0.5               # share of the steps over which a linear one falls;
 # the machine
 device = 'auto'              # cuda, cuda:1, mps or cpu
 dtype = 'auto'               # float32, bfloat16 or float16; auto: the fastest here
+fp8 = False                  # the blocks' matrix products in 8 bits (extras/float8.py)
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 shard = False                # share the model out among the processes (extras/shard.py)
@@ -338,16 +339,9 @@ def make_run(config, origin):
     if resumed and dtype == 'auto':     # measured when it began; a busy machine may differ
         precision = getattr(torch, known['config'].get('dtype', 'auto'), precision)
     config['dtype'] = str(precision)[6:]
-    network = model = model if dry_run or shard else model.to(where)    # FSDP moves its parts
     if compile is None:
         config['compile'] = where.startswith('cuda')
-    if shard and not dry_run:
-        from extras.shard import shard_model
-        shard_model(model, precision)
-    if config['compile']:
-        network = torch.compile(model)
-    if world > 1 and not shard:
-        network = processes.data_parallel(network)
+    network = model if dry_run else processes.prepare(model, config, where, precision, world)
     begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,

@@ -50,8 +50,19 @@ def plain(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def data_parallel(network):
-    """-> the network, whole in each process, whose gradients become the mean over all"""
+def prepare(model, config, device, precision, world):
+    """-> the model as the loop calls it: on its device, by the settings in 8 bits and compiled, and
+    either shared out among the processes or whole in each, with the mean of all gradients"""
+    if config['fp8']:
+        from extras.float8 import use_float8
+        use_float8(model, device)
+    if config['shard']:
+        from extras.shard import shard_model
+        shard_model(model, precision)
+    model = model if config['shard'] else model.to(device)      # FSDP moves parts of it
+    network = torch.compile(model) if config['compile'] else model
+    if world == 1 or config['shard']:
+        return network
     warnings.filterwarnings('ignore', '.*broadcast_buffers')    # renamed in torch 2.13
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 

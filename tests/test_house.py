@@ -74,7 +74,8 @@ def test_every_setting_is_read_in_the_file_that_declares_it(path):
             and isinstance(node.ctx, ast.Load)}  # fmt: skip
     names = read_settings({'__file__': path})
     # What concerns a run's folder and its rows is read there, from run.config.
-    runs = ''.join((ROOT / f'data/{name}.py').read_text() for name in ('runs', 'models', 'rows'))
+    runs = ''.join((ROOT / f'data/{name}.py').read_text() for name in (
+        'runs', 'models', 'rows', 'processes'))
     for name in names:
         elsewhere = f"config['{name}']" in runs or f'config["{name}"]' in runs
         assert name in used or elsewhere, f'{path.name}: {name} is never read'
