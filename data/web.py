@@ -25,6 +25,7 @@ held_out = 1000  # one document in this many is held out for validation; at leas
 out_dir = ''     # where the token files go; '' is beside the data set's prepare.py
 processes = 0    # tokenizing in parallel; 0: one per processor; at least 0
 
+FINEWEB_EDU = 'HuggingFaceFW/fineweb-edu', 'sample/10BT/'   # on the hub
 GROUPS = 100    # row groups a shard
 LINES = 1000    # lines of a jsonl file that count as a row group; of a text file, as a document
 

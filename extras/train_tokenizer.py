@@ -17,9 +17,9 @@ from configurator import configure
 from data.files import program, write
 from data.sources import meta_of
 from data.tokenizer import PATTERN, SPECIAL, Tokenizer
-from data.web import groups_of, texts_of
+from data.web import FINEWEB_EDU, groups_of, hub_files, texts_of
 
-source = ''              # files to learn from: 'folder/*.parquet', '*.jsonl' or '*.txt'
+source = ''              # files: 'folder/*.parquet', '*.jsonl' or '*.txt'; '': FineWeb-Edu's
 vocab_size = 32768       # tokens, bytes and special ones too; from 264 to 1e6
 out_dir = 'data/bpe'     # where meta.json goes
 max_bytes = 2000000000   # of text to learn from; 0: all of it; at least 0
@@ -56,7 +56,7 @@ def learn(texts, size):
 
 def main():
     configure(globals())
-    paths = sorted(glob.glob(source))
+    paths = sorted(glob.glob(source)) if source else hub_files(*FINEWEB_EDU)
     if not paths:
         raise FileNotFoundError(f'--source={source}: no such file')
     if list(Path(out_dir).glob('*.bin')):
@@ -64,7 +64,7 @@ def main():
     tokenizer = learn(documents(paths, max_bytes), vocab_size)
     if not tokenizer.spec['tokens']:
         raise ValueError(f'--source={source}: no text to learn from')
-    write(Path(out_dir, 'meta.json'), meta_of(tokenizer, source, {}, {}))
+    write(Path(out_dir, 'meta.json'), meta_of(tokenizer, source or FINEWEB_EDU[0], {}, {}))
     fewer = '' if tokenizer.vocab_size == vocab_size else ': the texts have no more pairs'
     print(f'{tokenizer.vocab_size:,} tokens in {out_dir}/meta.json{fewer}')
 

@@ -53,7 +53,7 @@ RUNS = {
 def write_pairs(folder):
     """Worked answers beside the same with another result: a data set for dpo, a task for rl."""
     sys.path.insert(0, str(ROOT))
-    from data.arithmetic.prepare import EVENTS, conversation, example, random, tokenizer
+    from data.arithmetic.prepare import EVENTS, conversation, example, random, vocabulary
     from data.sources import write_conversations
 
     rng, talks = random.Random(1), []
@@ -61,7 +61,7 @@ def write_pairs(folder):
         right = example(rng, 2, EVENTS, 2)
         wrong = {**right, 'parts': [*right['parts'][:-1], {'type': 'text', 'text': ' #### 7'}]}
         talks += [conversation(right), conversation(wrong)]
-    write_conversations(folder, tokenizer(), 'pairs', train=talks[:64], val=talks[64:])
+    write_conversations(folder, vocabulary(), 'pairs', train=talks[:64], val=talks[64:])
     Path(folder, 'prepare.py').write_text(TASK)
 
 

@@ -17,7 +17,7 @@ from data.rows import Conversations
 from data.tasks import task_of, tasks_of
 from data.tokenizer import Detokenizer
 
-WORLD = arithmetic.tokenizer()
+WORLD = arithmetic.vocabulary()
 
 
 def take(count, *how, **world):

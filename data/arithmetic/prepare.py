@@ -18,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
+from data.files import tokenizer_of  # noqa: E402
 from data.sources import run_prepare, write_conversations  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tools import calculate  # noqa: E402
@@ -26,6 +27,7 @@ demonstrations = 2000   # worked answers in train.bin; at least 1
 held_out = 500          # and in val.bin; at least 1
 difficulty = 2          # digits of the numbers, at most; from 1 to 9
 in_head = 0.5           # share of easy steps done in the head, as people do; from 0 to 1
+tokenizer = ''          # a folder with a vocabulary; '' is of this world's words
 out_dir = ''            # where the token files go; '' is beside this file
 
 WORDINGS = json.loads((HERE / 'wordings.json').read_text(encoding='utf-8'))
@@ -40,7 +42,7 @@ OPENINGS, EVENTS, ENDINGS, NEW, SUMS = (WORDINGS[kind] for kind in (
 GAINS, LOSSES, KEEPS = (part.split() for part in (HERE / 'verbs.txt').read_text().split('\n\n'))
 
 
-def tokenizer():
+def vocabulary():
     """A token for each word of this world; other words, as those to be spelled, are letters."""
     wordings = [text for part in (OPENINGS, EVENTS, ENDINGS, SUMS)
                 for texts in part.values() for text in texts]
@@ -201,7 +203,8 @@ def prepare(folder=HERE):
     made = {split: examples(split, digits=difficulty) for split in ('train', 'val')}
     counts = {'train': demonstrations, 'val': held_out}
     write_conversations(
-        out_dir or folder, tokenizer(), f'{demonstrations} made-up questions',
+        out_dir or folder, tokenizer_of(tokenizer) if tokenizer else vocabulary(),
+        f'{demonstrations} made-up questions',
         {'world.json': json.dumps({'digits': difficulty}).encode()},
         **{split: [conversation(next(made[split])) for _ in range(count)]
            for split, count in counts.items()})

@@ -54,8 +54,8 @@ def text_of(count, seed):
 
 
 def prepare(folder=Path(__file__).parent):
-    encode = world.tokenizer().encode
-    write_tokens(folder, world.tokenizer(), 'sentences made up from a seed',
+    encode = world.vocabulary().encode
+    write_tokens(folder, world.vocabulary(), 'sentences made up from a seed',
                  train=encode(text_of(characters, 'train')),
                  val=encode(text_of(characters // 20, 'val')))
 

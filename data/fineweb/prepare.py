@@ -8,7 +8,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from data.web import main  # noqa: E402
+from data.web import FINEWEB_EDU, main  # noqa: E402
 
 if __name__ == '__main__':
-    main(HERE, __doc__, 'HuggingFaceFW/fineweb-edu', 'sample/10BT/')
+    main(HERE, __doc__, *FINEWEB_EDU)

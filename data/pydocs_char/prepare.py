@@ -15,6 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
+from data.files import write  # noqa: E402
 from data.sources import run_prepare, write_tokens  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 
@@ -47,6 +48,7 @@ def read_texts():
 def prepare(folder=HERE):
     texts = read_texts()
     tokenizer = Tokenizer.of_text('\n' + ''.join(map(chr, range(32, 127))))
+    write(Path(folder, 'input.txt'), '\n\n\n'.join(texts).encode())     # to be read by people
     val = texts[9::10]
     train = [text for i, text in enumerate(texts) if i % 10 != 9]
     write_tokens(folder, tokenizer, f"Python {sys.version.split()[0]}'s manual and docstrings",

@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.arithmetic.prepare import tokenizer  # noqa: E402
+from data.arithmetic.prepare import vocabulary  # noqa: E402
+from data.files import tokenizer_of  # noqa: E402
 from data.sources import run_prepare, write_conversations  # noqa: E402
 
 conversations = 2000    # to train on
 seed = 1                # which they are
+tokenizer = ''          # a folder with a vocabulary; '' is of the arithmetic world's words
+out_dir = ''            # where the token files go; '' is beside this file
 
 # ways to ask, ways to answer
 TURNS = json.loads(Path(__file__).with_name('turns.json').read_text(encoding='utf-8'))
@@ -54,7 +57,8 @@ def reward(example, answer):
 def prepare(folder=Path(__file__).parent):
     rng = random.Random(seed)
     made = [talk(rng)[0] for _ in range(conversations + conversations // 10)]
-    write_conversations(folder, tokenizer(), 'conversations written for this project',
+    known = tokenizer_of(tokenizer) if tokenizer else vocabulary()
+    write_conversations(out_dir or folder, known, 'conversations written for this project',
                         train=made[:conversations], val=made[conversations:])
 
 
