@@ -120,7 +120,6 @@ def configure(namespace, argv=None, others=lambda values: []):
         if arg and not arg.startswith('-'):
             layers += [(arg, *pair) for pair in run_file(arg, values).items()]
         elif arg.startswith('--') and equals:
-            name = 'n_layer' if name == 'depth' else name   # config/depth.py's dial
             layers.append(('command line', name, value))
         elif arg not in ('-h', '--help', ''):
             raise ValueError(f'{arg}: expected --key=value')

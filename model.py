@@ -26,8 +26,8 @@ class GPTConfig:
     n_expert: int = 0          # MLPs that a token may go to (extras/experts.py); 0: one; at least 0
     n_expert_active: int = 2   # of them, those it goes to; at least 1
     n_expert_shared: int = 0   # MLPs beside them, for all tokens; at least 0
-    window_pattern: str = 'L'  # of the layers in turn: L sees all, S a part; the last one sees all
-    short_window: int = 256    # tokens that an S layer sees (extras/windows.py); at least 1
+    window_pattern: str = 'L'  # L, SL, SSL or SSSL, repeated: S layers see a part; not the last one
+    short_window: int = 256    # tokens that S layers see (extras/windows.py); at least 1
     dropout: float = 0.0       # for many epochs over little data; from 0 to 0.99
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
     norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
@@ -61,7 +61,8 @@ class GPTConfig:
     def windows(self):
         """Of each layer, the number of tokens that it sees."""
         kinds = (self.window_pattern * self.n_layer)[:self.n_layer - 1] + 'L'
-        return [self.short_window if kind == 'S' else self.block_size for kind in kinds]
+        short = min(self.short_window, self.block_size)
+        return [short if kind == 'S' else self.block_size for kind in kinds]
 
 
 def relu2(x):
@@ -272,7 +273,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 rest.append(p)
-            elif muon and name.startswith('transformer.h.'):
+            elif muon and name.startswith('transformer.h.') and '.router.' not in name:
                 hidden.append(p)
             else:
                 matrices.append(p)

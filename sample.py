@@ -128,7 +128,7 @@ class KVCache:
 
 
 def make_cache(config, rows, device='cpu', dtype=torch.float32):
-    if 'S' not in config.window_pattern:
+    if min(config.windows) == config.block_size:
         return KVCache(config, rows, device, dtype)
     from extras.windows import window_cache
     return window_cache(KVCache)(config, rows, device, dtype)

@@ -53,6 +53,7 @@ sample_tokens = 80           # how much text to print at every evaluation; 0: no
 wandb_log = False            # log to Weights & Biases too
 wandb_project = 'oneloop'    # its project
 wandb_run_name = 'gpt2'      # and its name for this run
+depth = 0                    # what config/depth.py behind it computes a run from; at least 1
 # a step; the network's settings are the fields of GPTConfig in model.py: --n_layer=12 ...
 gradient_accumulation_steps = 40   # microbatches in a step, over all processes; from 1 to 1e6
 batch_size = 12              # rows in a microbatch: what fits into memory; from 1 to 1e6
@@ -113,6 +114,7 @@ class Run:
     tokens: int = 0            # read so far, by all processes
     seconds: float = 0.0       # of training so far
     best: float = math.inf     # lowest score of an evaluation so far
+    saves: int = 0             # checkpoints written so far by this process
     skipped: int = 0           # updates in a row without a finite gradient
     asked_to_stop: int = 0     # 1: this process caught a signal
     stop: float = 0            # number of processes that did, summed each step: all stop together
@@ -137,7 +139,7 @@ class Run:
         with torch.autocast(self.device.split(':')[0], self.dtype, self.dtype != torch.float32):
             return network(*batch)
 
-    def whole(self):
+    def whole_model(self):
         """-> the model; if it is sharded, a whole copy, for which every process must ask."""
         if not shard:
             return self.model
@@ -292,7 +294,7 @@ def assess(run, evaluate):
         runs.save(run, 'best.pt')
     if always_save_checkpoint or run.best == score or run.step >= max_iters:
         runs.save(run, 'ckpt.pt')
-    model = run.whole() if sample_tokens else None
+    model = run.whole_model() if sample_tokens else None
     if run.rank == 0:
         show(run, model)
     run.model.train()

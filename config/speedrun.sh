@@ -26,8 +26,8 @@ stage() {   # folder, what it starts from, settings: skips what is done, goes on
     if [ "$GPUS" -gt 1 ] && [ -z "$DRY" ]; then
         launch="torchrun --standalone --nproc_per_node=$GPUS"
     fi
-    $launch train.py --depth="$DEPTH" --dataset="$text" config/depth.py config/speedrun.py \
-        "$@" --out_dir="$out" --init_from="$from" $MORE ${DRY:+--dry_run=True $DRY}
+    $launch train.py --depth="$DEPTH" --dataset="$text" ${DRY:+--dry_run=True $DRY} \
+        config/depth.py config/speedrun.py "$@" --out_dir="$out" --init_from="$from" $MORE
 }
 
 if [ -z "$DRY" ]; then

@@ -64,12 +64,16 @@ def load_model(source, dropout=0.0):
     try:
         if 'norm' not in args:      # nanoGPT's checkpoints know one architecture
             args = {**GPT2, **args}
-        if args['n_layer'] > len(checkpoint['model']) and 'parts' not in checkpoint:
-            raise ValueError(f'{args["n_layer"]} layers, {len(checkpoint["model"])} tensors')
+        tensors = checkpoint['model']
+        if 'parts' in checkpoint:
+            from extras.shard import load_parts, read_index
+            parts = path.parent / Path(checkpoint['parts']).name
+            tensors = read_index(parts)
+        if args['n_layer'] > len(tensors):
+            raise ValueError(f'{args["n_layer"]} layers, {len(tensors)} tensors')
         model = GPT(GPTConfig(**{**args, 'dropout': dropout}))
         if 'parts' in checkpoint:
-            from extras.shard import load_parts
-            load_parts(model, (), path.parent / Path(checkpoint['parts']).name)
+            load_parts(model, (), parts)
         else:
             model.load_state_dict({
                 name.removeprefix('_orig_mod.'): p for name, p in checkpoint['model'].items()

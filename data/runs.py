@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -49,6 +50,12 @@ def check(config, stage, schedules):
     if config['shard'] and world == 1 and not config['dry_run']:
         raise ValueError('--shard=True shares a model out among processes: start several, with '
                          'torchrun')
+    if config['dropout'] and 'S' in config['window_pattern']:
+        raise ValueError(f'--dropout={config["dropout"]}: must be 0 with --window_pattern='
+                         f'{config["window_pattern"]}, whose attention has none on a GPU')
+    if config['depth'] not in (0, config['n_layer']):
+        raise ValueError(f'--depth={config["depth"]}: config/depth.py, which computes a run from '
+                         'it, must stand behind it')
     if config['wandb_log']:
         import wandb  # noqa: F401  so that a missing one is said before anything is done
     if config['compile'] is None and torch.cuda.is_available():     # then it is a default:
@@ -194,33 +201,35 @@ def save(run, name):
     path = Path(run.config['out_dir'], name)
     if run.config['checkpoint'] == 'sharded':
         from extras.shard import save_parts
-        parts = path.with_name(f'{path.stem}-{run.step}')
+        run.saves += 1      # each save has a folder of its own: the one before is intact meanwhile
+        parts = path.with_name(f'{path.stem}-{run.step}.{run.saves}')
         save_parts(run.model, run.optimizers, parts)
-        content |= {'model': {}, 'optimizer': [], 'parts': parts.name}
+        content |= {'model': {}, 'optimizer': [{}] * len(run.optimizers), 'parts': parts.name}
     elif run.config['shard']:
-        from extras.shard import whole
-        content = whole(content, run.rank == 0)
+        from extras.shard import full_tensors
+        content = full_tensors(content, run.rank == 0)
     if run.rank == 0:
         write(path, lambda file: torch.save(content, file))
         for older in path.parent.glob(f'{path.stem}-*'):
-            if older.name != content.get('parts'):
+            parts = re.fullmatch(r'(ckpt|best)-\d+\.\d+', older.name) and older.is_dir()
+            if parts and older.name != content.get('parts'):
                 shutil.rmtree(older)
 
 
 def restore_optimizers(run, checkpoint):
-    if 'parts' in checkpoint:
-        from extras.shard import load_parts
-        return load_parts(run.model, run.optimizers, Path(
-            run.config['out_dir'], Path(checkpoint['parts']).name))
     states = checkpoint['optimizer']    # one in nanoGPT's checkpoints, a list in ours
     states = states if isinstance(states, list) else [states]
     if len(states) != len(run.optimizers):
         raise ValueError('set --muon_lr to ' + ('a rate' if len(states) > 1 else '0')
                          + ', as that run had it')
+    if 'parts' in checkpoint:
+        from extras.shard import load_parts
+        folder = Path(run.config['out_dir'], Path(checkpoint['parts']).name)
+        return load_parts(run.model, run.optimizers, folder)
     for optimizer, state in zip(run.optimizers, states, strict=True):
         if run.config['shard']:
-            from extras.shard import scatter
-            state = scatter(state, optimizer)
+            from extras.shard import sharded_state
+            state = sharded_state(state, optimizer)
         optimizer.load_state_dict(state)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ processes = 0    # tokenizing in parallel; 0: one per processor; at least 0
 
 FINEWEB_EDU = 'HuggingFaceFW/fineweb-edu', 'sample/10BT/'   # on the hub
 GROUPS = 100    # row groups a shard
-LINES = 1000    # lines of a jsonl file that count as a row group; of a text file, as a document
+LINES = 1000    # lines of a jsonl or text file that count as a row group
+PAGE = 100      # lines of a text file that count as a document
 
 
 def groups_of(path):
@@ -52,7 +54,10 @@ def texts_of(path, group):
     with open(path, 'rb') as lines:
         lines.seek(group)
         if path.endswith('.txt'):
-            return [plain_text(path, b''.join(itertools.islice(lines, LINES)), group)]
+            block = list(itertools.islice(lines, LINES))
+            parts = [b''.join(block[i:i + PAGE]) for i in range(0, len(block), PAGE)]
+            starts = itertools.accumulate(map(len, parts), initial=group)
+            return [plain_text(path, part, start) for part, start in zip(parts, starts)]
         return [text_of(path, f'line {number} after byte {group:,}', line)
                 for number, line in enumerate(itertools.islice(lines, LINES), 1)]
 
@@ -83,7 +88,8 @@ def tokenize(job):
     texts, train, val = texts_of(path, group), [], []
     known = tokenizer_of(folder)
     for i, text in enumerate(texts):
-        split = val if (group + i) % held_out == 0 else train
+        number = zlib.crc32(text.encode()) if path.endswith('.txt') else group + i
+        split = val if number % held_out == 0 else train
         split += [known.end, *known.encode(text)]
     return np.array(train, dtype=known.dtype), np.array(val, dtype=known.dtype)
 
@@ -122,9 +128,10 @@ def prepare_web(folder, repository, within, out_dir, source, tokenizer, held_out
     if tokenizer:
         spec = tokenizer_of(tokenizer).spec
         origin.append(hashlib.sha256(json.dumps(spec).encode()).hexdigest())
-    if source_file.exists() and json.loads(source_file.read_text()) != origin:
-        raise ValueError(f'{folder}: begun from {json.loads(source_file.read_text())}; remove its '
-                         '*.bin and source.json to begin anew')
+    begun = source_file.read_text(errors='replace') if source_file.exists() else json.dumps(origin)
+    if begun != json.dumps(origin):
+        raise ValueError(f'{folder}: begun from {begun}; remove its *.bin and source.json to begin '
+                         'anew')
     paths = sorted(glob.glob(source)) if source else hub_files(repository, within)
     with multiprocessing.Pool(processes or None) as pool:
         for name, path, groups in itertools.islice(shards_of(paths), max_shards or None):
@@ -136,6 +143,9 @@ def prepare_web(folder, repository, within, out_dir, source, tokenizer, held_out
                 train, val = zip(*tqdm(done, total=len(jobs), desc=f'shard {name}'), strict=True)
             except ValueError as error:     # text_of() raised it, in another process
                 raise ValueError(error) from None
+            if not sum(map(len, train)):
+                raise ValueError(f'{path}: all of it was held out: make --held_out larger than '
+                                 f'{held_out}, or the text longer')
             write(source_file, json.dumps(origin).encode())
             if sum(map(len, val)):
                 write(folder / f'val_{name}.bin', np.concatenate(val))

@@ -19,7 +19,7 @@ def show(run, origin):
     """Print the card. origin: {setting: the layer that set it}; the model may be on no device."""
     c, config, lines = run.model.config, run.config, []
     flops, tokens = run.model.flops_per_token(config['block_size']), step_tokens(config)
-    weights, state, work = memory(run)
+    weights, state, work, whole_state = memory(run)
     total, known = config['max_iters'] * tokens, run.meta['tokens']
     if run.stage.samples:
         step = (f'{config["num_prompts"]} questions, {config["num_samples"]} answers of '
@@ -41,7 +41,7 @@ token
   the run     {config['max_iters']:,} steps, {whole}
   memory      about {(weights + state + work) / 1e9:.2f} GB: {weights / 1e9:.2f} weights and \
 gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
-  checkpoint  {(4 * parameters(run.model) + state) / 1e6:.1f} MB, and as much for the best one
+  checkpoint  {(4 * parameters(run.model) + whole_state) / 1e6:.1f} MB, and as much for the best one
   machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={config["compile"]}, \
 {'Muon and AdamW' if hidden else 'AdamW'}""")
     if gpus:
@@ -66,12 +66,16 @@ def experts(model):
 
 
 def memory(run):
-    """-> bytes of weights and gradients, of the optimizers' state, of activations"""
+    """-> bytes in a process of weights and gradients, of the optimizers' state, of activations; of
+    the whole state"""
     c, config, size = run.model.config, run.config, 4 if run.dtype == torch.float32 else 2
     # A token keeps 18 activations of width C in a layer (counted; 16 in GPT-2's) and backward needs
     # a few more; of its logits there are two in this precision and two in fp32.
     rows = config['batch_size'] * config['block_size']
-    work = rows * (c.n_layer * 22 * c.n_embd * size + c.table_rows * (2 * size + 8))
+    hidden = run.model.transformer.h[0].mlp.c_fc.weight.shape[-2]
+    if c.n_expert:
+        hidden *= c.n_expert_active + c.n_expert_shared
+    work = rows * (c.n_layer * (14 * c.n_embd + 2 * hidden) * size + c.table_rows * (2 * size + 8))
     weights = 8 * parameters(run.model)
     if run.stage.samples:   # the policy's copy of the weights, keys and values
         weights += parameters(run.model) * size if size == 2 else 0
@@ -81,7 +85,9 @@ def memory(run):
     if run.stage.reference:
         weights += 4 * reference_parameters(run)
     hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)
-    return weights, 4 * (2 * parameters(run.model) - sum(p.numel() for p in hidden)), work
+    state = 4 * (2 * parameters(run.model) - sum(p.numel() for p in hidden))
+    parts = max(run.world, gpu_count()) if config['shard'] else 1
+    return weights / parts, state / parts, work, state
 
 
 def reference_parameters(run):
@@ -95,11 +101,16 @@ def reference_parameters(run):
     return sum(p.numel() for p in {p.data_ptr(): p for p in tensors.values()}.values())
 
 
+def gpu_count():
+    """-> 8 of '8xH100', 1 of 'H100', 0 of what is neither"""
+    count, x, _ = gpus.rpartition('x')
+    return int(count) if count.isdecimal() else int(not x)
+
+
 def price(flops):
     """-> hours, and dollars, of so many FLOPs on `gpus`"""
     machine = extra('machine')
-    count, x, name = gpus.rpartition('x')
-    count = int(count) if count.isdecimal() else int(not x)
+    count, name = gpu_count(), gpus.rpartition('x')[2]
     peak = machine.GPU_FLOPS.get(name) if machine and count else None
     if not peak:
         raise ValueError(f'--gpus={gpus}: write a number and a GPU of extras/machine.py: 8xH100')

@@ -59,6 +59,8 @@ def quantize_model(model, kind='int8'):
     """Replace the Linears of a model by Int8Linears; tables that are looked up stay as they are."""
     if kind != 'int8':
         raise ValueError(f'--quantize={kind}: choose int8')
+    if model.config.n_expert:
+        raise ValueError(f'--quantize={kind}: not for mixtures of experts')
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):

@@ -38,7 +38,9 @@ def gpu_flops(name):
 def weight_bytes(model):
     """How many bytes of matrices a decoding step reads."""
     linears = (m for m in model.modules() if hasattr(m, 'nbytes') or isinstance(m, nn.Linear))
-    return sum(getattr(m, 'nbytes', 0) or m.weight.nbytes for m in linears)
+    experts = sum(getattr(m, 'active_weights', 0) for m in model.modules())     # for one token
+    return experts * model.lm_head.weight.element_size() + sum(
+        getattr(m, 'nbytes', 0) or m.weight.nbytes for m in linears)
 
 
 @functools.cache

@@ -13,18 +13,20 @@ import torch
 
 def contexts_of(config, context):
     """-> the context of each layer: of a short one, with a mask (and keys) of its own"""
-    window, cache, q = config.short_window, context.cache, context.positions
+    window, cache, q = min(config.windows), context.cache, context.positions
     if cache is None:
         keys = context.keys
         if len(keys) <= window:     # all is in sight
             return [context] * config.n_layer
-        attend = flex(len(keys), window) if q.is_cuda else context.attend
+        # Compiled for whole rows only: the lengths of answers differ from batch to batch.
+        whole = q.is_cuda and len(keys) == config.block_size
+        attend = flex(len(keys), window) if whole else context.attend
     else:
         keys, attend = cache.ring_positions[:, None, None], context.attend
     q = q[:, None, :, None]                                             # (B or 1, 1, T, 1)
     mask = (keys >= 0) & (keys <= q) & (keys > q - window)              # (B or 1, 1, T, S)
     short = replace(context, mask=mask, is_causal=False, attend=attend)
-    return [short if size == window < config.block_size else context for size in config.windows]
+    return [short if size < config.block_size else context for size in config.windows]
 
 
 @functools.cache
@@ -38,8 +40,6 @@ def flex(T, window):
     mask, run = create_block_mask(in_sight, None, None, T, T), torch.compile(flex_attention)
 
     def attend(q, k, v, attn_mask, is_causal, dropout_p, enable_gqa):
-        if dropout_p:
-            raise ValueError('dropout: not with window_pattern, whose attention has none on a GPU')
         return run(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
 
     return attend
@@ -52,7 +52,7 @@ def window_cache(KVCache):
         overwrites = True
 
         def __init__(self, config, rows, device='cpu', dtype=torch.float32):
-            self.window = config.short_window
+            self.window = min(config.windows)
             is_short = [size < config.block_size for size in config.windows]
             self.layers = [     # whether each one is short, its place among those of its kind
                 (short, is_short[:layer].count(short)) for layer, short in enumerate(is_short)]
@@ -75,10 +75,10 @@ def window_cache(KVCache):
             kept = (idx >= 0) & (positions >= end[:, None] - self.window)   # others are overwritten
             self.ring_slots = (positions % self.window).where(kept, self.window)
             slots = torch.arange(self.window, device=idx.device)
-            self.one = idx.shape[1] == 1    # it is written first: what it replaces is out of sight
-            last = self.pos[:, None] - 1 + self.one
+            self.single = idx.shape[1] == 1     # written first: what it replaces is out of sight
+            last = self.pos[:, None] - 1 + self.single
             self.ring_positions = last - (last - slots) % self.window   # (B, window), < 0: none
-            if not self.one:
+            if not self.single:
                 self.ring_positions = torch.cat((self.ring_positions, positions), dim=1)
             return positions, keys
 
@@ -87,7 +87,7 @@ def window_cache(KVCache):
             if not is_short:
                 return super().extend(place, k, v)
             seen = [torch.cat((self.ring[i, place, :, :self.window], new), dim=1)
-                    for i, new in enumerate((k, v)) if not self.one]
+                    for i, new in enumerate((k, v)) if not self.single]
             for i, new in enumerate((k, v)):
                 self.ring[i, place].index_put_((self.row, self.ring_slots), new)
             return seen or [self.ring[i, place, :, :self.window] for i in (0, 1)]

@@ -96,7 +96,7 @@ def policy(run):
     """The model as it answers: a copy in this run's precision, which its KV cache then has too.
     Learning keeps fp32 weights under autocast: p of a sampled token in learning / in decoding is
     1.0000 +- 0.0071 in bf16 (python tests/bench.py rl)."""
-    model = run.whole()
+    model = run.whole_model()
     return model if run.dtype == torch.float32 else copy.deepcopy(model).to(run.dtype)
 
 

@@ -22,7 +22,7 @@ def by_hand(layer, x):
     out = []
     for token in x.flatten(0, -2):
         scores = torch.softmax(layer.router.weight @ token, 0)
-        best = sorted(range(5), key=lambda i: -(scores[i] + layer.b[i]).item())[:2]
+        best = sorted(range(5), key=lambda i: -(scores[i] + layer.bias[i]).item())[:2]
         y = sum(mlp(token) for mlp in layer.shared)
         for i in best:
             hidden = F.relu(layer.c_fc.weight[i] @ token) ** 2
@@ -35,12 +35,12 @@ def by_hand(layer, x):
 @pytest.mark.parametrize('shared', [0, 2])
 def test_experts_are_a_loop_over_tokens_and_so_are_their_gradients(shared):
     layer = tiny(**MIXED, n_expert_shared=shared).transformer.h[0].mlp
-    layer.b.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0, -0.3]))
+    layer.bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0, -0.3]))
     layers = layer, copy.deepcopy(layer).double()
     x = torch.randn(3, 7, 32)
     found = []
     for layer, apply in zip(layers, (Experts.forward, by_hand)):
-        given = x.to(layer.b).clone().requires_grad_()
+        given = x.to(layer.bias).clone().requires_grad_()
         y = apply(layer, given)
         (y * y.detach().cos()).sum().backward()     # a gradient that differs from place to place
         found.append([y, given.grad, *[p.grad for p in layer.parameters()]])
@@ -56,9 +56,16 @@ def test_the_router_learns_with_one_active_expert_too():
         assert layer.router.weight.grad.abs().max() > 1e-3
 
 
+def test_scores_that_underflow_are_no_division_by_zero():
+    layer = tiny(**MIXED).transformer.h[0].mlp
+    layer.router.weight.data *= 1e4
+    layer.bias.copy_(torch.tensor([-2.0, -2.0, -2.0, 0.0, 0.0]))
+    assert layer(torch.randn(50, 32)).isfinite().all()
+
+
 def test_an_expert_that_no_token_chose_has_no_gradient():
     layer = tiny(**MIXED).transformer.h[0].mlp
-    layer.b.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0]))
+    layer.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0]))
     layer(torch.randn(4, 32)).sum().backward()
     assert layer.c_fc.weight.grad[:2].abs().sum() > 0 == layer.c_fc.weight.grad[2:].abs().sum()
 
@@ -114,14 +121,14 @@ def run_for(**changes):
     return train.Run(**{**made, 'model': network, 'optimizers': [optimizer]})
 
 
-def test_b_falls_where_too_many_tokens_went_and_rises_elsewhere():
+def test_the_bias_falls_where_too_many_tokens_went_and_rises_elsewhere():
     run = run_for()
     balance(run)
     layer = run.model.transformer.h[0].mlp
-    layer.load.copy_(torch.tensor([10.0, 2.0, 4.0, 4.0, 0.0]))      # 4 on average
+    layer.counts.copy_(torch.tensor([10.0, 2.0, 4.0, 4.0, 0.0]))      # 4 on average
     run.optimizers[0].step()
-    torch.testing.assert_close(layer.b, BALANCE * torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0]))
-    assert not layer.load.any()
+    torch.testing.assert_close(layer.bias, BALANCE * torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0]))
+    assert not layer.counts.any()
     assert run.notes['busiest_expert'] == [0.5] and run.notes['idlest_expert'] == [0.0]
 
 
@@ -130,16 +137,16 @@ def test_loads_even_out_and_only_training_counts():
     balance(run)
     layer, x = run.model.transformer.h[0].mlp, torch.randn(400, 32)
     layer.router.weight.data *= 0.1
-    layer.b[0] = 0.2        # so that expert 0 is among the chosen of each token
+    layer.bias[0] = 0.2        # so that expert 0 is among the chosen of each token
     run.model.eval()
     layer(x)
     with torch.no_grad():
         run.model.train()
         layer(x)
-    assert not layer.load.any()
+    assert not layer.counts.any()
     for _ in range(400):
         layer(x)
-        assert layer.load.sum() == 800
+        assert layer.counts.sum() == 800
         run.optimizers[0].step()
     shares = run.notes['busiest_expert']
     assert shares[0] == 0.5 and shares[-1] < 0.22     # 0.2 is even
@@ -157,18 +164,25 @@ def test_a_run_with_experts_resumes_to_the_same_bits_and_logs_their_loads(datase
         for name in ('whole', 'cut')
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert ours['transformer.h.1.mlp.b'].any()
+    assert ours['transformer.h.1.mlp.bias'].any()
     lines = [json.loads(line) for line in open(tmp_path / 'whole' / 'log.jsonl')]
     assert 0.2 <= lines[0]['busiest_expert'] <= 0.5
 
 
 @pytest.mark.parametrize(
-    'change', [{'n_expert_active': 6}, {'bias': True}, {'dropout': 0.1}], ids=str
+    'change, words',
+    [
+        ({'n_expert_active': 6}, 'at most all experts are active'),
+        ({'bias': True}, 'no biases'),
+        ({'dropout': 0.1}, 'no dropout'),
+        ({'n_inner': 50}, 'must be multiples of 8'),
+    ],
+    ids=str,
 )
-def test_experts_that_cannot_be_are_one_clear_line(dataset, tmp_path, change):
+def test_experts_that_cannot_be_are_one_clear_line(dataset, tmp_path, change, words):
     text = inside('train.py', *TINY, *EXPERTS, f'--dataset={dataset}', f'--out_dir={tmp_path}/out',
                   *[f'--{name}={value}' for name, value in change.items()], ok=False)  # fmt: skip
-    assert 'at most all experts are active' in text and not (tmp_path / 'out').exists()
+    assert words in text and not (tmp_path / 'out').exists()
 
 
 def test_experts_are_no_setting_of_a_dense_network():

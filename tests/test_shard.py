@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, TORCHRUN, inside, run
+from conftest import ROOT, TINY, TORCHRUN, inside, run
 
 from data.models import load_model
 
@@ -98,10 +98,10 @@ class Bomb:
         return print, ('exploded',)
 
 
-@pytest.mark.parametrize('wrong', ['missing', 'cut', 'index', 'code', 'object'])
+@pytest.mark.parametrize('wrong', ['missing', 'cut', 'index', 'empty index', 'code', 'object'])
 def test_a_part_that_is_missing_damaged_or_carries_code_is_one_line(half, tmp_path, capsys, wrong):
     shutil.copytree(half / 'sharded', tmp_path / 'out')
-    parts = tmp_path / 'out' / 'best-3'
+    parts = next((tmp_path / 'out').glob('best-*'))
     part = next(parts.glob('__1*'))
     if wrong == 'missing':
         part.unlink()
@@ -109,6 +109,8 @@ def test_a_part_that_is_missing_damaged_or_carries_code_is_one_line(half, tmp_pa
         part.write_bytes(part.read_bytes()[:1000])
     elif wrong == 'index':
         (parts / '.metadata').unlink()
+    elif wrong == 'empty index':
+        (parts / '.metadata').write_bytes(b'')
     elif wrong == 'code':
         (parts / '.metadata').write_bytes(pickle.dumps(Bomb()))
     else:   # of a kind that torch would unpickle
@@ -118,7 +120,76 @@ def test_a_part_that_is_missing_damaged_or_carries_code_is_one_line(half, tmp_pa
         dcp.save({'model': {**weights, 'keep': Bomb()}}, checkpoint_id=parts, no_dist=True)
     text = inside('sample.py', f'--out_dir={tmp_path}/out', '--num_samples=1', ok=False)
     assert f'{parts}: a part is missing or damaged' in text
-    assert 'exploded' not in text + capsys.readouterr().out
+    assert 'exploded' not in text + capsys.readouterr().out and 'Traceback' not in text
+
+
+def test_what_else_is_in_the_folder_of_a_run_is_left_alone(dataset, tmp_path):
+    (tmp_path / 'out' / 'best-of-week').mkdir(parents=True)
+    for name in 'ckpt-3.pt', 'best-of-week/notes.txt', 'ckpt-old':
+        (tmp_path / 'out' / name).write_text('mine')
+    for kind, steps in ('sharded', 3), ('sharded', 6), ('whole', 9):
+        inside('train.py', *COMMON, f'--dataset={dataset}', f'--out_dir={tmp_path}/out',
+               f'--checkpoint={kind}', f'--max_iters={steps}', '--init_from=resume')  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
+        'best-of-week', 'best.pt', 'ckpt-3.pt', 'ckpt-old', 'ckpt.pt', 'lock', 'log.jsonl',
+        'loss.png']  # fmt: skip
+
+
+@pytest.mark.parametrize('more', [[], ['--n_expert=3']], ids=str)
+def test_saving_in_parts_moves_no_bit_of_a_run(dataset, trained, tmp_path, more):
+    """Neither of one that saves before its first update, nor behind."""
+    common = [*COMMON, '--zero_init=True']
+    source = ['--stage=finetune', f'--init_from={trained}', '--eval_interval=1'] if not more else []
+    for kind in 'whole', 'sharded':
+        inside('train.py', *common, *more, *source, f'--dataset={dataset}', '--max_iters=3',
+               f'--checkpoint={kind}', f'--out_dir={tmp_path}/{kind}')  # fmt: skip
+    whole, parts = (load_model(tmp_path / kind / 'ckpt.pt')[0] for kind in ('whole', 'sharded'))
+    assert all(map(torch.equal, whole.parameters(), parts.parameters()))
+    for kind in 'whole', 'sharded':     # and the optimizers go on from the same
+        inside('train.py', *common, *more, *source[:1], f'--dataset={dataset}', '--max_iters=5',
+               f'--out_dir={tmp_path}/{kind}', '--init_from=resume')  # fmt: skip
+    whole, parts = (load_model(tmp_path / kind / 'ckpt.pt')[0] for kind in ('whole', 'sharded'))
+    assert all(map(torch.equal, whole.parameters(), parts.parameters()))
+
+
+def test_a_resumed_run_in_parts_needs_its_optimizers(half, dataset, tmp_path):
+    shutil.copytree(half / 'sharded', tmp_path / 'out')
+    text = inside('train.py', *COMMON, '--muon_lr=0', f'--dataset={dataset}', '--max_iters=6',
+                  f'--out_dir={tmp_path}/out', '--init_from=resume', ok=False)  # fmt: skip
+    assert 'set --muon_lr to a rate, as that run had it' in text
+
+
+def test_parts_of_far_fewer_layers_than_a_checkpoint_says_are_refused(half, tmp_path):
+    shutil.copytree(half / 'sharded', tmp_path / 'out')
+    path = tmp_path / 'out' / 'best.pt'
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, 'model_args': {**content['model_args'], 'n_layer': 9999}}, path)
+    assert '9999 layers' in inside('sample.py', f'--out_dir={tmp_path}/out', ok=False)
+
+
+SPY = '''
+import sys
+sys.path.insert(0, {root!r})
+import torch, train
+from model import Block
+forward = Block.forward
+def spy(self, x, context):
+    assert x.dtype == torch.float32 and self.attn.c_attn.weight.dtype == {dtype}, x.dtype
+    return forward(self, x, context)
+Block.forward = spy
+train.main()
+'''
+
+
+@pytest.mark.parametrize('shard', [False, True])
+def test_in_bfloat16_the_residual_stream_is_fp32_and_gathered_weights_are_not(
+    dataset, tmp_path, shard
+):
+    dtype = 'torch.bfloat16' if shard else 'torch.float32'
+    (tmp_path / 'spy.py').write_text(SPY.format(root=str(ROOT), dtype=dtype))
+    run(tmp_path / 'spy.py', *COMMON, f'--shard={shard}', '--dtype=bfloat16', '--max_iters=1',
+        f'--dataset={dataset}', f'--out_dir={tmp_path}/out', '--sample_tokens=0', '--eval_iters=1',
+        launcher=TORCHRUN, env={'OMP_NUM_THREADS': '1'})  # fmt: skip
 
 
 def test_sharing_among_one_process_is_refused(dataset, tmp_path):
