@@ -889,10 +889,10 @@ def test_every_config_is_accepted_and_dry_runs(config, tmp_path):
     how = ['--dry_run=True', '--device=cpu', '--dtype=float32']
     source = re.search(r"^init_from = '(out-.*)'", config.read_text(), re.M)
     if source:  # its model is that of another run, which must be there
-        text = inside('train.py', config, *how, cwd=tmp_path, ok=False)
+        text = inside('train.py', how[0], config, *how, cwd=tmp_path, ok=False)
         assert f'{source[1]}: no run there' in text
         how.append('--init_from=scratch')
-    text = inside('train.py', config, *how)
+    text = inside('train.py', how[0], config, *how)
     assert 'parameters' in text and 'FLOPs per token' in text
     assert ('answers of' in text) == (config.stem.endswith('_rl'))
 
@@ -914,8 +914,8 @@ def test_the_dial_by_hand(tmp_path, depth, width, steps, batch, rates, decay):
     before = dict(vars(train))
     try:
         found, _ = train.configure(vars(train), [
-            f'--depth={depth}', f'--dataset={tmp_path}', str(ROOT / 'config/depth.py'),
-            '--warmdown=0.25'], train.other_settings)  # fmt: skip
+            f'--depth={depth}', f'--dataset={tmp_path}', '--dry_run=True',
+            str(ROOT / 'config/depth.py'), '--warmdown=0.25'], train.other_settings)  # fmt: skip
     finally:
         vars(train).update(before)
     assert (found['n_layer'], found['n_embd'], found['n_head']) == (depth, width, width // 128)
@@ -926,9 +926,20 @@ def test_the_dial_by_hand(tmp_path, depth, width, steps, batch, rates, decay):
     assert found['warmdown'] == 0.25 and found['out_dir'] == f'out-d{depth}'
 
 
-@pytest.mark.parametrize('depth, words', [('0', 'must be from 1'), ('x', 'not of type int')])
+@pytest.mark.parametrize('depth, words', [('0', 'must be at least 1'), ('x', 'not of type int')])
 def test_a_depth_that_is_none_is_refused(depth, words):
-    assert words in inside('train.py', f'--depth={depth}', str(ROOT / 'config/depth.py'), ok=False)
+    layer = str(ROOT / 'config/depth.py')
+    assert words in inside('train.py', f'--depth={depth}', '--dry_run=True', layer, ok=False)
+
+
+def test_the_dial_needs_its_layer_behind_it_and_data_to_count(dataset, tmp_path, monkeypatch):
+    layer, common = str(ROOT / 'config/depth.py'), [f'--dataset={dataset}', '--dry_run=True']
+    for order in ['--depth=3'], [layer, '--depth=3']:
+        assert 'must stand behind it' in inside('train.py', *common, *order, ok=False)
+    monkeypatch.setattr(files, 'DATA', tmp_path / 'data')
+    (tmp_path / 'data' / 'web').mkdir(parents=True)
+    text = inside('train.py', '--dataset=web', '--depth=3', layer, ok=False)
+    assert 'not prepared' in text and 'set --dry_run=True before this file' in text
 
 
 def test_a_nanogpt_checkpoint_resumes_with_its_optimizer(dataset, tmp_path):
