@@ -383,7 +383,7 @@ def main():
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, run.finish)
         loop(run, batches, evaluate)
-        all_sum(torch.zeros(1))     # so that the processes end together
+        processes.leave(run)
     except (RuntimeError, MemoryError) as error:
         sys.exit(runs.out_of_memory(error, config))
     finally:

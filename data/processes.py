@@ -3,6 +3,7 @@ One process or several: torchrun starts one for each GPU, and each runs the whol
 """
 import contextlib
 import os
+import sys
 import warnings
 
 import torch
@@ -26,6 +27,19 @@ def join(device, dtype, backend):
         precision = torch.float32       # measured in each process: they must agree
     torch.set_float32_matmul_precision('high')
     return rank, world, local_rank, where, precision
+
+
+def leave(run):
+    """End this process, if it is one of several, when all have come here; at once, since on a busy
+    machine gloo's threads now and then abort a finished run while Python shuts down."""
+    if dist.is_initialized():
+        all_sum(torch.zeros(1))
+        if run.config['wandb_log'] and run.rank == 0:
+            import wandb
+            wandb.finish()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def all_sum(values):
