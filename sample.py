@@ -7,7 +7,7 @@ The one decoding loop: weights in, text out.
 A row's context is at most block_size tokens; a longer prompt keeps its last ones. When a row has
 filled that window, its later half is read again as the new context, so text can be of any length.
 """
-from data.tokenizer import Detokenizer  # isort: skip  (before torch: see data/__init__.py)
+from data.detokenizer import Detokenizer  # isort: skip  (before torch: see data/__init__.py)
 import copy
 import sys
 import time

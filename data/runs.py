@@ -210,10 +210,10 @@ def save(run, name):
         content = full_tensors(content, run.rank == 0)
     if run.rank == 0:
         write(path, lambda file: torch.save(content, file))
-        for older in path.parent.glob(f'{path.stem}-*'):
-            parts = re.fullmatch(r'(ckpt|best)-\d+\.\d+', older.name) and older.is_dir()
-            if parts and older.name != content.get('parts'):
-                shutil.rmtree(older)
+        for older in path.parent.glob(f'{path.stem}-*/.metadata'):      # of parts, by our names
+            name = older.parent.name
+            if name != content.get('parts') and re.fullmatch(r'\w+-\d+\.\d+', name):
+                shutil.rmtree(older.parent)
 
 
 def restore_optimizers(run, checkpoint):

@@ -11,10 +11,10 @@ import contextlib
 import itertools
 
 from configurator import configure
+from data.detokenizer import Detokenizer
 from data.files import program
 from data.models import is_taught
 from data.tasks import majority_vote
-from data.tokenizer import Detokenizer
 from data.tools import calculator
 from sample import Request, Sampling, decode, open_model
 

@@ -33,9 +33,9 @@ except ImportError as error:
     raise SystemExit(f'{error}: pip install starlette uvicorn') from None
 
 from configurator import configure, range_of, read_settings
+from data.detokenizer import Detokenizer
 from data.files import program
 from data.models import is_taught
-from data.tokenizer import Detokenizer
 from data.tools import calculator, calls_in
 from sample import Request, Sampling, decode, open_model
 

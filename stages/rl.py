@@ -70,11 +70,9 @@ def start(run):
 
 
 def rollouts(run, task, step):
-    """
-    The model's own answers to fresh questions of a task, at temperature 1 and from its whole
+    """The model's own answers to fresh questions of a task, at temperature 1 and from its whole
     distribution: any other would not be the policy that is learned.
-    -> requests, rewards: (questions, num_samples)
-    """
+    -> requests, rewards: (questions, num_samples)"""
     seed, mine = run.config['seed'], slice(run.rank, None, run.world)
     examples = list(itertools.islice(task.examples('train', f'{seed} {step}'), num_prompts))
     if len(examples) < num_prompts:
@@ -93,9 +91,8 @@ def rollouts(run, task, step):
 
 
 def policy(run):
-    """The model as it answers: a copy in this run's precision, which its KV cache then has too.
-    Learning keeps fp32 weights under autocast: p of a sampled token in learning / in decoding is
-    1.0000 +- 0.0071 in bf16 (python tests/bench.py rl)."""
+    """The model as it answers, in this run's precision. Learning keeps fp32 weights: p of a token
+    there / in decoding is 1.0000 +- 0.0071 in bf16 (python tests/bench.py rl)."""
     model = run.whole_model()
     return model if run.dtype == torch.float32 else copy.deepcopy(model).to(run.dtype)
 

@@ -5,9 +5,10 @@ import builtins
 import pytest
 from conftest import TEXT, tiny
 
+from data.detokenizer import Detokenizer
 from data.models import is_taught
 from data.tasks import final_answer
-from data.tokenizer import SPECIAL, Detokenizer, Tokenizer
+from data.tokenizer import SPECIAL, Tokenizer
 from extras import chat
 from sample import Request, Sampling
 

@@ -119,7 +119,7 @@ def test_a_word_listed_twice_is_no_way_to_a_special_token():
 def test_an_unseen_character_is_named():
     with pytest.raises(ValueError, match=r"'€' \(U\+20AC\)"):
         Tokenizer.of_text('abc').encode('a€')
-    with pytest.raises(ValueError, match="nearest are 'ÿþýüû'$"):   # not all of a large vocabulary
+    with pytest.raises(ValueError, match="nearest are 'ÿþýüû'$"):   # of many, five
         Tokenizer.of_text(''.join(map(chr, range(32, 256)))).encode('€')
 
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, serving, tiny
 
-from data.tokenizer import Detokenizer, Tokenizer
+from data.detokenizer import Detokenizer
+from data.tokenizer import Tokenizer
 from sample import Request, Sampling, decode, generate
 
 pytest.importorskip('uvicorn', reason='optional packages: pip install starlette uvicorn')

@@ -12,10 +12,10 @@ from conftest import ROOT
 
 from data.arithmetic import prepare as arithmetic
 from data.arithmetic_text.prepare import text_of
+from data.detokenizer import Detokenizer
 from data.files import DATA, script_of
 from data.rows import Conversations
 from data.tasks import task_of, tasks_of
-from data.tokenizer import Detokenizer
 
 WORLD = arithmetic.vocabulary()
 

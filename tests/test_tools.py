@@ -8,7 +8,8 @@ from fractions import Fraction
 import pytest
 from conftest import TEXT
 
-from data.tokenizer import Detokenizer, Tokenizer
+from data.detokenizer import Detokenizer
+from data.tokenizer import Tokenizer
 from data.tools import calculate, calculator, calls_in
 
 
