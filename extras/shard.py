@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from data.files import PlainUnpickler
+
 # A checkpoint of parts may well be read or written by one process; logits are a view of more.
 warnings.filterwarnings('ignore', 'torch.distributed is disabled|FSDP2-wrapped module')
 
@@ -86,7 +88,7 @@ def sharded_state(state, optimizer):
                                for i, values in state['state'].items()}}
 
 
-class PlainUnpickler(pickle.Unpickler):
+class IndexUnpickler(PlainUnpickler):
     """Reads a checkpoint's index, which torch pickles: shapes and places, nothing else is made."""
     KNOWN = {
         'torch.distributed.checkpoint.metadata': (
@@ -99,16 +101,15 @@ class PlainUnpickler(pickle.Unpickler):
         if module.split('.')[0] == 'pathlib' and name in ('PosixPath', 'WindowsPath'):
             return PurePath     # where it was written, on whatever system
         is_dtype = module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in self.KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f'refused: it wants to load {module}.{name}')
-        return super().find_class(module, name)
+        known = is_dtype or name in self.KNOWN.get(module, ())
+        return (pickle.Unpickler if known else PlainUnpickler).find_class(self, module, name)
 
 
 class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *how, **more):
         with open(Path(self.path, '.metadata'), 'rb') as file:
-            metadata = PlainUnpickler(file).load()
+            metadata = IndexUnpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
