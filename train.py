@@ -77,6 +77,7 @@ device = 'auto'              # cuda, cuda:1, mps or cpu
 dtype = 'auto'               # float32, bfloat16 or float16; auto: the fastest here
 fp8 = False                  # the blocks' matrix products in 8 bits (extras/float8.py)
 compile: bool = None         # torch.compile; None: on CUDA, where it pays
+recompute = False            # activations in backward: less memory (extras/recompute.py)
 backend = ''                 # of torch.distributed; '': nccl on CUDA, else gloo
 shard = False                # share the model out among the processes (extras/shard.py)
 checkpoint = 'whole'         # whole: a file; sharded: a folder of each process' parts beside it

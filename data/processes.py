@@ -70,6 +70,9 @@ def prepare(model, config, device, precision, world):
     if config['fp8']:
         from extras.float8 import use_float8
         use_float8(model, device)
+    if config['recompute']:
+        from extras.recompute import recompute_blocks
+        recompute_blocks(model)
     if config['shard']:
         from extras.shard import shard_model
         shard_model(model, precision)

@@ -75,7 +75,10 @@ def memory(run):
     hidden = run.model.transformer.h[0].mlp.c_fc.weight.shape[-2]
     if c.n_expert:
         hidden *= c.n_expert_active + c.n_expert_shared
-    work = rows * (c.n_layer * (14 * c.n_embd + 2 * hidden) * size + c.table_rows * (2 * size + 8))
+    kept = c.n_layer * (14 * c.n_embd + 2 * hidden)
+    if config['recompute']:     # of each layer what goes in, all of the one at work
+        kept = kept // c.n_layer + c.n_layer * c.n_embd
+    work = rows * (kept * size + c.table_rows * (2 * size + 8))
     weights = 8 * parameters(run.model)
     if run.stage.samples:   # the policy's copy of the weights, keys and values
         weights += parameters(run.model) * size if size == 2 else 0
