@@ -30,6 +30,14 @@ stage() {   # folder, what it starts from, settings: skips what is done, goes on
         config/depth.py config/speedrun.py "$@" --out_dir="$out" --init_from="$from" $MORE
 }
 
+if [ -n "$DRY" ] && [ -z "${IS_SUMMED:-}" ]; then     # run itself, and add up what the stages say
+    IS_SUMMED=yes bash config/speedrun.sh | awk '{ print; gsub(",", "") }
+        match($0, /[0-9.]+ hours at/) { hours += substr($0, RSTART) }
+        match($0, /[0-9]+ dollars/) { dollars += substr($0, RSTART) }
+        END { if (hours) printf "all stages: %.2f hours, %d dollars\n", hours, dollars }'
+    exit
+fi
+
 if [ -z "$DRY" ]; then
     if [ -z "$SOURCE" ] && [ "$CHAT" != gsm8k ]; then
         [ -e data/pydocs_char/input.txt ] || python data/pydocs_char/prepare.py

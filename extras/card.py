@@ -45,8 +45,12 @@ gradients, {state / 1e9:.2f} optimizer, {work / 1e9:.2f} activations
   machine     {run.world} x {run.device}, {str(run.dtype)[6:]}, compile={config["compile"]}, \
 {'Muon and AdamW' if hidden else 'AdamW'}""")
     if gpus:
-        hours = price(flops * total)
-        say(f'  {gpus:<10}  {"unknown: depends on the answers" if run.stage.samples else hours}')
+        more = ''
+        if run.stage.samples:
+            total = config['max_iters'] * config['num_prompts'] * config['num_samples']
+            total *= config['max_new_tokens']
+            more = ', to learn from answers as long as may be; to write them is not counted'
+        say(f'  {gpus:<10}  {price(flops * total)}{more}')
     for layer in dict.fromkeys(origin.values()):
         names = [name for name in origin if origin[name] == layer]
         lines.append(f'  settings    of {layer}: {", ".join(names)}')
@@ -82,7 +86,8 @@ def memory(run):
     weights = 8 * parameters(run.model)
     if run.stage.samples:   # the policy's copy of the weights, keys and values
         weights += parameters(run.model) * size if size == 2 else 0
-        answers = min(config['rollout_rows'], config['num_prompts'] * config['num_samples'])
+        count = config['num_prompts'] * config['num_samples'] // max(run.world, gpu_count())
+        answers = min(config['rollout_rows'], count)
         work += answers * config['block_size'] * size * (
             2 * c.n_layer * c.n_embd * c.n_kv_head // c.n_head)
     if run.stage.reference:
@@ -118,7 +123,7 @@ def price(flops):
     if not peak:
         raise ValueError(f'--gpus={gpus}: write a number and a GPU of extras/machine.py: 8xH100')
     hours = flops / (count * peak * share_of_peak) / 3600
-    text = (f'{hours:,.1f} hours at {share_of_peak:.0%} of the peak of '
+    text = (f'{hours:,.2f} hours at {share_of_peak:.0%} of the peak of '
             f'{peak / 1e12:,.0f} TFLOP/s each (an assumption: --share_of_peak=)')
     if dollars_per_gpu_hour:
         text += f', {hours * count * dollars_per_gpu_hour:,.0f} dollars'
