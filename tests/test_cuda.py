@@ -50,4 +50,4 @@ def test_products_in_8_bits_point_the_same_way():
     use_float8(model, 'cuda')
     loss_8, gradients_8 = gradient(model, idx, torch.bfloat16)
     assert loss_8 == pytest.approx(loss, rel=1e-2)
-    assert F.cosine_similarity(gradients, gradients_8, dim=0) > 0.97
+    assert F.cosine_similarity(gradients, gradients_8, dim=0) > 0.95

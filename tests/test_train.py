@@ -901,10 +901,10 @@ def test_every_config_is_accepted_and_dry_runs(config, tmp_path):
     'depth, width, steps, batch, rates, decay',
     [   # by hand, with 32,768 tokens: 12 * 12 * 768^2 + 32768 * 768 = 110,100,480 weights count
         (12, 768, 2520, 2**19, (3e-3, 0.02), 0.1),      # 12 * 110,100,480 / 2^19 = 2520
-        # 11,534,336 weights, 0.10476 times as many: a batch of 2^(19 - 0.383 * 3.2548) = 2^17.75
-        (4, 256, 528, 2**18, (3e-3 * 1.5**0.5, 0.02 * 0.5**0.5), 0.1 * 0.5**0.5 / 0.104762),
+        # 11,534,336 weights, 0.10476 times as many: a batch of 2^(19 - 0.654 * 3.2548) = 2^16.87
+        (4, 256, 1056, 2**17, (3e-3 * 1.5**0.5, 0.02 * 0.5**0.5), 0.1 * 0.25**0.75 / 0.104762),
         # 729,808,896 weights, 6.6286 times as many: a batch of 2^(19 + 0.383 * 2.7287) = 2^20.05
-        (24, 1536, 8352, 2**20, (3e-3, 0.02 * 2**0.5), 0.1 * 2**0.5 / 6.62857),
+        (24, 1536, 8352, 2**20, (3e-3 * 0.5**0.25, 0.02 * 2**0.25), 0.1 * 2**0.75 / 6.62857),
     ],
 )  # fmt: skip
 def test_the_dial_by_hand(tmp_path, depth, width, steps, batch, rates, decay):
