@@ -7,18 +7,15 @@ which computes the rest again. A third more FLOPs, and memory for a network many
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from model import Block
-
-
-class RecomputedBlock(Block):
-
-    def forward(self, x, context):
-        if not torch.is_grad_enabled():
-            return super().forward(x, context)
-        return checkpoint(super().forward, x, context, use_reentrant=False)
-
 
 def recompute_blocks(model):
     """Let a model's blocks compute their activations again in backward."""
+    class RecomputedBlock(type(model.transformer.h[0])):
+
+        def forward(self, x, context):
+            if not torch.is_grad_enabled():
+                return super().forward(x, context)
+            return checkpoint(super().forward, x, context, use_reentrant=False)
+
     for block in model.transformer.h:
         block.__class__ = RecomputedBlock
