@@ -1,10 +1,8 @@
 """
 A GPT from top to bottom: config, rotary positions, attention, MLP, block, model, loss, optimizers.
+Its defaults are a modern GPT; other settings turn it into GPT-2, Llama, Mistral, Qwen or Mixtral.
 
-One config spans two families: its defaults are a modern GPT, GPT2 below turns it into GPT-2.
-
-Shapes: B rows, T tokens per row, C = n_embd, H query heads, G key and value heads, D = C / H,
-V vocabulary, S keys.
+Shapes: B rows of T tokens, C = n_embd, H query and G key heads, D = head_width, V ids, S keys.
 """
 import math
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ class GPTConfig:
     n_head: int = 12           # query heads; fewer, wider ones are cheaper; from 1 to 1e4
     n_kv_head: int = 0         # key and value heads, fewer for grouped ones; 0: n_head; at least 0
     n_embd: int = 768          # width; from 1 to 1e7
+    head_width: int = 0        # of a head; 0: n_embd / n_head; at least 0
     n_inner: int = 0           # width of an MLP; 0: n_embd times the activation's; at least 0
     n_expert: int = 0          # MLPs that a token may go to (extras/experts.py); 0: one; at least 0
     n_expert_active: int = 2   # of them, those it goes to; at least 1
@@ -30,10 +29,15 @@ class GPTConfig:
     short_window: int = 256    # tokens that S layers see (extras/windows.py); at least 1
     dropout: float = 0.0       # for many epochs over little data; from 0 to 0.99
     bias: bool = False         # biases in Linears and LayerNorms, as in GPT-2
-    norm: str = 'rms'          # rms (arXiv:1910.07467, without a gain) or layer
+    qkv_bias: bool = False     # biases of queries, keys and values alone, as in Qwen2
+    norm: str = 'rms'          # rms (arXiv:1910.07467), rms_gain (with a learned gain) or layer
+    norm_eps: float = 0.0      # what a norm adds to a variance; 0: torch's; from 0 to 1
     position: str = 'rope'     # rope (arXiv:2104.09864) or learned
+    rope_base: float = 10000.0  # of its angles; at least 1
+    rope_factor: float = 1.0   # stretches the slow ones, as in Llama 3.1; at least 1
     qk_norm: bool = True       # normalize queries and keys (arXiv:2302.05442)
-    activation: str = 'relu2'  # relu2 (arXiv:2109.08668), gelu or gelu_tanh (OpenAI's GPT-2)
+    qk_gain: bool = False      # and multiply them by learned gains, as in Qwen3
+    activation: str = 'relu2'  # relu2 (arXiv:2109.08668), swiglu (2002.05202), gelu, gelu_tanh
     tied: bool = False         # one table for the embedding and the head
     zero_init: bool = True     # projections into the residual stream, and the head, start at zero
     x0: bool = True            # each block sees the embedding again, with a learned weight
@@ -43,9 +47,9 @@ class GPTConfig:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_embd % (2 * self.n_head):     # rope turns pairs
-            raise ValueError(f'n_embd = {self.n_embd} does not divide into n_head = {self.n_head} '
-                             'heads of an even width')
+        if (self.head_width or self.n_embd / self.n_head) % 2:      # rope turns pairs
+            raise ValueError(f'n_embd = {self.n_embd}: {self.n_head} heads have no even width')
+        self.head_width = self.head_width or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head}: not a multiple of n_kv_head={self.n_kv_head}')
         for name, allowed in CHOICES.items():
@@ -70,10 +74,17 @@ def relu2(x):
     return x * x    # not x.square(): its backward is a pow() per element, 7 times slower on a CPU
 
 
+def swiglu(x):
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
+
+
 # name: function, width of its output in n_embd, how many times as wide its input is (2 if gated)
-ACTIVATIONS = {'relu2': (relu2, 4, 1), 'gelu': (F.gelu, 4, 1), 'gelu_tanh': (nn.GELU('tanh'), 4, 1)}
-NORMS = {'rms': lambda config: nn.RMSNorm(config.n_embd, elementwise_affine=False),
-         'layer': lambda config: nn.LayerNorm(config.n_embd, bias=config.bias)}
+ACTIVATIONS = {'relu2': (relu2, 4, 1), 'gelu': (F.gelu, 4, 1), 'gelu_tanh': (nn.GELU('tanh'), 4, 1),
+               'swiglu': (swiglu, 8 / 3, 2)}
+NORMS = {'rms': lambda c: nn.RMSNorm(c.n_embd, c.norm_eps or None, elementwise_affine=False),
+         'rms_gain': lambda c: nn.RMSNorm(c.n_embd, c.norm_eps or None),
+         'layer': lambda c: nn.LayerNorm(c.n_embd, c.norm_eps or 1e-5, bias=c.bias)}
 CHOICES = {'norm': tuple(NORMS), 'position': ('rope', 'learned'), 'activation': tuple(ACTIVATIONS),
            'window_pattern': ('L', 'SL', 'SSL', 'SSSL')}
 # What turns the modern default into GPT-2 (nanoGPT's; OpenAI's weights want gelu_tanh).
@@ -81,9 +92,13 @@ GPT2 = dict(bias=True, norm='layer', position='learned', qk_norm=False, activati
             tied=True, zero_init=False, x0=False, vocab_multiple=1)
 
 
-def rotary(block_size, width, base=10000.0):
-    """-> (2, block_size, 1, width): cos and signed sin of each position's angles, for rotate()."""
-    angles = torch.outer(torch.arange(block_size), base ** (-torch.arange(0, width, 2) / width))
+def rotary(config):
+    """-> (2, block_size, 1, D): cos and signed sin of each position's angles, for rotate()."""
+    speeds = config.rope_base ** (-torch.arange(0, config.head_width, 2) / config.head_width)
+    if config.rope_factor > 1:  # of what turns less than 4 times in 8,192 tokens; all, if once
+        kept = (8192 * speeds / (2 * math.pi) - 1).div(3).clamp(0, 1)
+        speeds = speeds * (kept + (1 - kept) / config.rope_factor)
+    angles = torch.outer(torch.arange(config.block_size), speeds)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), 1), torch.cat((sin, -sin), 1)))[:, :, None]
 
@@ -100,8 +115,7 @@ class Context:
     positions: torch.Tensor    # (B or 1, T), of the tokens, which are the queries
     keys: torch.Tensor         # (S), positions of the keys
     tail: torch.Tensor         # (B, ngrams - 1), the ids before idx, -1 for none
-    mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: no mask
-    is_causal: bool = False    # without a mask: a query sees the keys up to its own position
+    mask: torch.Tensor = None  # (B, 1, T, S), True where a query may see a key; None: up to its own
     rope: torch.Tensor = None  # (2, B or 1, T, 1, D), the angles of these positions for rotate()
     attend: object = F.scaled_dot_product_attention     # what reads them; see extras/windows.py
     cache: object = None       # where keys and values of earlier tokens are kept; see sample.py
@@ -112,17 +126,21 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.config, self.layer, self.width = config, layer, config.n_embd // config.n_head
-        heads = config.n_head + 2 * config.n_kv_head
-        self.c_attn = nn.Linear(config.n_embd, heads * self.width, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.config, self.layer, self.width = config, layer, config.head_width
+        heads, bias = config.n_head + 2 * config.n_kv_head, config.bias or config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, heads * self.width, bias)
+        self.c_proj = nn.Linear(config.n_head * self.width, config.n_embd, bias=config.bias)
+        if config.qk_gain:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(self.width)) for _ in range(2))
 
     def forward(self, x, context):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         H, G = self.config.n_head, self.config.n_kv_head
         qk, v = self.c_attn(x).view(B, T, H + 2 * G, self.width).split((H + G, G), dim=2)
         if self.config.qk_norm:
-            qk = F.rms_norm(qk, (self.width,))
+            qk = F.rms_norm(qk, (self.width,), eps=self.config.norm_eps or None)
+        if self.config.qk_gain:
+            qk = qk * torch.cat((self.q_gain.expand(H, -1), self.k_gain.expand(G, -1)))
         if context.rope is not None:
             qk = rotate(qk, context.rope)
         q, k = qk.split((H, G), dim=2)
@@ -132,9 +150,9 @@ class Attention(nn.Module):
         if T == 1:  # heads that share a key become queries of one head, so that it is read once
             q = q.reshape(B, G, H // G, self.width)
         y = context.attend(
-            q, k, v, attn_mask=context.mask, is_causal=context.is_causal,
+            q, k, v, attn_mask=context.mask, is_causal=context.mask is None and T > 1,
             dropout_p=self.config.dropout * self.training, enable_gqa=q.shape[1] != G)
-        y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, C))
+        y = self.c_proj(y.reshape(B, H, T, -1).transpose(1, 2).flatten(2))
         return F.dropout(y, self.config.dropout, self.training)
 
 
@@ -159,8 +177,7 @@ class Block(nn.Module):
         self.ln_2, self.mlp = NORMS[config.norm](config), MLP(config)
         if config.n_expert:
             from extras.experts import Experts
-            numbers = config.n_expert, config.n_expert_active, config.n_expert_shared
-            self.mlp = Experts(self.mlp, config.n_embd, *numbers)
+            self.mlp = Experts(self.mlp, config)
 
     def forward(self, x, context):
         x = x + self.attn(self.ln_1(x), context)
@@ -185,8 +202,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.table_rows, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        rope = rotary(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer('rope', rope, persistent=False)
+        self.register_buffer('rope', rotary(config), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -196,10 +212,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(zero):
                 p.zero_()
-            elif name.endswith('c_proj.weight'):
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() >= 2:
-                p.normal_(std=0.02)
+                writers = 2 * self.config.n_layer if name.endswith('c_proj.weight') else 1
+                p.normal_(std=0.02 / math.sqrt(writers))
 
     def embed(self, idx, tail):
         """idx: (B, T), tail: (B, ngrams - 1) the ids before, -1 for none. -> (B, T, C), all ids"""
@@ -219,7 +234,7 @@ class GPT(nn.Module):
         if cache is None:
             positions = torch.arange(idx.shape[1], device=idx.device)[None]
             tail = idx.new_full((len(idx), self.config.ngrams - 1), -1)
-            context = Context(positions, positions[0], tail, is_causal=True)
+            context = Context(positions, positions[0], tail)
         else:
             positions, keys = cache.place(idx)
             most = self.config.block_size - 1
@@ -233,11 +248,11 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, weights=None, cache=None):
         """idx: (B, T) token ids -> logits, loss.
         Training: targets (B, T), -1 where a token is not in play, or (B, T, K), several for each;
-        weights of their shape, 1 if None. Logits are (B, T, V); the loss is the SUM of weight *
-        -log p(target) over what is in play, so that whoever adds up several batches divides once.
-        Decoding: with a cache, each row of idx continues its row of the cache and advances it. Rows
-        of different lengths are padded at the right with -1. Logits are (B, 1, V), of each row's
-        last token. A row of more than block_size tokens raises ValueError on a CPU."""
+        weights of their shape, 1 if None. Logits are (B, T, V); the loss is the SUM, not the mean,
+        of weight * -log p(target) over what is in play.
+        Decoding: with a cache, each row of idx, padded at the right with -1, continues its row of
+        the cache and advances it. Logits are (B, 1, V), of each row's last token.
+        A row of more than block_size tokens raises ValueError on a CPU."""
         context = self.make_context(idx, cache)
         contexts = [context] * self.config.n_layer
         if 'S' in self.config.window_pattern:
@@ -259,25 +274,13 @@ class GPT(nn.Module):
         loss = None if targets is None else weighted_loss(logits, targets, weights)
         return logits, loss
 
-    def flops_per_token(self, T):
-        """Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight
-        of a matrix product, 12 * C for each token that a layer sees in rows of T tokens."""
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        weights += sum(getattr(m, 'active_weights', 0) for m in self.modules())     # of experts
-        seen = sum(min(T, window) for window in self.config.windows)
-        return 6 * weights + 12 * self.config.n_embd * seen
-
     def parameter_groups(self, muon):
         """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""
-        hidden, matrices, rest = [], [], []
+        groups = [], [], []
         for name, p in self.named_parameters():
-            if p.dim() < 2:
-                rest.append(p)
-            elif muon and name.startswith('transformer.h.') and '.router.' not in name:
-                hidden.append(p)
-            else:
-                matrices.append(p)
-        return hidden, matrices, rest
+            hidden = muon and name.startswith('transformer.h.') and '.router.' not in name
+            groups[2 if p.dim() < 2 else 0 if hidden else 1].append(p)
+        return groups
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_lr=0.0,
                              muon_dtype=torch.bfloat16):
@@ -285,9 +288,8 @@ class GPT(nn.Module):
         hidden, matrices, rest = self.parameter_groups(muon_lr > 0)
         groups = [dict(params=matrices, weight_decay=weight_decay),
                   dict(params=rest, weight_decay=0.0)]
-        fused = matrices[0].device.type in ('cuda', 'cpu')
-        optimizers = [torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate,
-                                        betas=betas, fused=fused)]
+        optimizers = [torch.optim.AdamW([g for g in groups if g['params']], learning_rate, betas,
+                                        fused=matrices[0].device.type in ('cuda', 'cpu'))]
         if hidden:
             optimizers.append(Muon(hidden, muon_lr, weight_decay=weight_decay, dtype=muon_dtype))
         return optimizers
@@ -305,10 +307,8 @@ def token_log_probs(logits, targets):
 
 def weighted_loss(logits, targets, weights=None):
     """-> minus the sum of w * log p(target) over the targets in play: the loss of every stage"""
-    log_p = token_log_probs(logits, targets)
-    if weights is not None:     # whatever w is, a token not in play changes nothing
-        log_p = weights.where(targets >= 0, 0) * log_p
-    return -log_p.sum()
+    log_p = token_log_probs(logits, targets)    # 0 where not in play, whatever w is there
+    return -(log_p if weights is None else weights.where(targets >= 0, 0) * log_p).sum()
 
 
 def orthogonalize(X, steps=5):

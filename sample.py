@@ -77,7 +77,7 @@ class KVCache:
     def __init__(self, config, rows, device='cpu', dtype=torch.float32):
         self.block_size = config.block_size     # and one slot more, which padding is written to
         shape = (config.n_layer, rows, config.block_size + 1, config.n_kv_head,
-                 config.n_embd // config.n_head)
+                 config.head_width)
         self.kv = torch.zeros((2, *shape), device=device, dtype=dtype)
         self.pos = torch.zeros(rows, device=device, dtype=torch.long)           # tokens held
         self.tail = torch.full((rows, config.ngrams - 1), -1, device=device)    # the last ids

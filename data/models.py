@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data.files import DATA, read_meta, say
 from data.rows import TEXT_STAGES
@@ -44,6 +45,15 @@ def read_checkpoint(path):
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= checkpoint.keys():
         raise ValueError(f'{path}: not a checkpoint of this program or of nanoGPT')
     return checkpoint
+
+
+def flops_per_token(model, T):
+    """Forward and backward, by the PaLM convention (arXiv:2204.02311, appendix B): 6 per weight of
+    a matrix product, 12 per channel of the heads for each token that a layer sees in rows of T."""
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    weights += sum(getattr(m, 'active_weights', 0) for m in model.modules())    # of experts
+    seen = sum(min(T, window) for window in model.config.windows)
+    return 6 * weights + 12 * model.config.n_head * model.config.head_width * seen
 
 
 def load_model(source, dropout=0.0):
@@ -154,7 +164,8 @@ def adopt(config, origin, source, model):
     for name, value in asdict(model.config).items():
         if name in ('vocab_size', 'dropout', 'block_size'):
             continue
-        padding = name == 'vocab_multiple' or (name, config[name]) == ('n_kv_head', 0)
+        padding = name == 'vocab_multiple' or (name, config[name]) in (
+            ('n_kv_head', 0), ('head_width', 0))
         if name in origin and config[name] != value and not padding:
             text = (f'--{name}={config[name]}, of {origin[name]}: {source} has {name}={value}, '
                     'which cannot be changed')

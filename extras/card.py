@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data.files import extra, say
+from data.models import flops_per_token
 from data.runs import step_tokens
 
 gpus = ''                    # print the hours that the run takes on these, such as 8xH100
@@ -18,7 +19,7 @@ dollars_per_gpu_hour = 0.0   # for the cost; 0: none is printed; at least 0
 def show(run, origin):
     """Print the card. origin: {setting: the layer that set it}; the model may be on no device."""
     c, config, lines = run.model.config, run.config, []
-    flops, tokens = run.model.flops_per_token(config['block_size']), step_tokens(config)
+    flops, tokens = flops_per_token(run.model, config['block_size']), step_tokens(config)
     weights, state, work, whole_state = memory(run)
     total, known = config['max_iters'] * tokens, run.meta['tokens']
     if run.stage.samples:
@@ -89,7 +90,7 @@ def memory(run):
         count = config['num_prompts'] * config['num_samples'] // max(run.world, gpu_count())
         answers = min(config['rollout_rows'], count)
         work += answers * config['block_size'] * size * (
-            2 * c.n_layer * c.n_embd * c.n_kv_head // c.n_head)
+            2 * c.n_layer * c.n_kv_head * c.head_width)
     if run.stage.reference:
         weights += 4 * reference_parameters(run)
     hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)

@@ -38,10 +38,10 @@ class Stack(nn.Module):
 
 class Experts(nn.Module):
 
-    def __init__(self, mlp, C, E, active, shared):
-        """mlp: what an expert is like; C: its width outside; numbers of experts, of those that are
-        active for a token, of those beside them that are for all tokens"""
+    def __init__(self, mlp, config):
+        """mlp: what an expert is like"""
         super().__init__()
+        C, E, active = config.n_embd, config.n_expert, config.n_expert_active
         if active > E or mlp.c_fc.bias is not None or mlp.dropout:
             raise ValueError(f'n_expert={E}, n_expert_active={active}: at most all experts are '
                              'active, and they have no biases and no dropout')
@@ -52,7 +52,7 @@ class Experts(nn.Module):
         self.router = nn.Linear(C, E, bias=False)
         self.c_fc = Stack(E, *mlp.c_fc.weight.shape)
         self.c_proj = Stack(E, *mlp.c_proj.weight.shape)
-        self.shared = nn.ModuleList(copy.deepcopy(mlp) for _ in range(shared))
+        self.shared = nn.ModuleList(copy.deepcopy(mlp) for _ in range(config.n_expert_shared))
         self.register_buffer('bias', torch.zeros(E))    # of the choice
         self.register_buffer('counts', torch.zeros(E))  # of tokens since the last update
 

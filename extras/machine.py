@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from configurator import cpu_flops
+from data.models import flops_per_token
 
 GPU_FLOPS = {   # dense bf16 (fp16 before Ampere), from the vendors' data sheets
     'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
@@ -26,7 +27,7 @@ def peak_flops(device, dtype):
 def mfu(run, rate, block_size):
     """-> {'mfu': the share of the peak FLOP/s that a run uses at rate tokens/s}, {} if unknown"""
     peak = peak_flops(run.device, run.dtype)
-    return {'mfu': run.model.flops_per_token(block_size) * rate / peak / run.world} if peak else {}
+    return {'mfu': flops_per_token(run.model, block_size) * rate / peak / run.world} if peak else {}
 
 
 def gpu_flops(name):

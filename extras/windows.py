@@ -25,7 +25,7 @@ def contexts_of(config, context):
         keys, attend = cache.ring_positions[:, None, None], context.attend
     q = q[:, None, :, None]                                             # (B or 1, 1, T, 1)
     mask = (keys >= 0) & (keys <= q) & (keys > q - window)              # (B or 1, 1, T, S)
-    short = replace(context, mask=mask, is_causal=False, attend=attend)
+    short = replace(context, mask=mask, attend=attend)
     return [short if size < config.block_size else context for size in config.windows]
 
 

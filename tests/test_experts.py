@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import model
 import train
+from data.models import flops_per_token
 from extras.experts import BALANCE, Experts, balance
 from model import GPTConfig, Muon
 
@@ -105,7 +106,7 @@ def test_muon_moves_a_stack_as_it_moves_each_of_its_matrices():
 def test_only_active_experts_count_as_flops():
     dense, mixed = tiny(n_inner=64), tiny(**MIXED, n_inner=32)
     router = 6 * 2 * 5 * 32     # of two layers, five experts
-    assert mixed.flops_per_token(24) == dense.flops_per_token(24) + router
+    assert flops_per_token(mixed, 24) == flops_per_token(dense, 24) + router
     stacks = 2 * 5 * 2 * 32 * 32
     assert sum(p.numel() for p in mixed.parameters()) == (
         sum(p.numel() for p in dense.parameters()) - 2 * 2 * 64 * 32 + stacks + 2 * 5 * 32)

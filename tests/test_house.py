@@ -84,7 +84,7 @@ def test_every_setting_is_read_in_the_file_that_declares_it(path):
 def test_every_field_of_the_network_is_read_in_model_py():
     from model import GPTConfig
 
-    text = (ROOT / 'model.py').read_text()
+    text = (ROOT / 'model.py').read_text() + (ROOT / 'extras/experts.py').read_text()
     for name in read_settings(GPTConfig):
         assert re.search(rf'(config|self)\.{name}\b|getattr\(self, name\)', text)
         assert len(re.findall(rf'\b{name}\b', text)) >= 2, f'{name} is never read'

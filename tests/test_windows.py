@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TINY, inside, tiny
 
+from data.models import flops_per_token
 from extras.windows import contexts_of, window_cache
 from model import GPTConfig
 from sample import KVCache
@@ -73,8 +74,8 @@ def test_the_cache_of_a_short_layer_holds_a_window():
 
 def test_flops_count_what_is_seen():
     dense, short = tiny(n_layer=4), tiny(**SHORT)
-    assert dense.flops_per_token(20) - short.flops_per_token(20) == 12 * 32 * 2 * (20 - 5)
-    assert dense.flops_per_token(4) == short.flops_per_token(4)
+    assert flops_per_token(dense, 20) - flops_per_token(short, 20) == 12 * 32 * 2 * (20 - 5)
+    assert flops_per_token(dense, 4) == flops_per_token(short, 4)
 
 
 @pytest.mark.parametrize(
