@@ -317,7 +317,7 @@ def open_model(source, device='auto', dtype='auto', quantize=''):
 def read_prompt(tokenizer, model):
     """-> the text of --start, and its ids"""
     text = read_text(start[5:]) if start.startswith('FILE:') else start
-    prompt = tokenizer.encode(text, special=['<|endoftext|>']) or tokenizer.begin
+    prompt = tokenizer.prefix + tokenizer.encode(text, ['<|endoftext|>']) or tokenizer.begin
     if len(prompt) > model.config.block_size:
         print(f'the prompt has {len(prompt)} tokens; the model sees the last '
               f'{model.config.block_size}', file=sys.stderr)

@@ -132,10 +132,23 @@ def read_meta(folder):
     return {'dtype': 'uint16', 'vocab_size': 50304, 'tokenizer': {'kind': 'gpt2'}}
 
 
+def read_json(path):
+    """-> what a JSON file holds. ValueError if there is none, or it is damaged"""
+    try:
+        return json.loads(read_text(path))
+    except FileNotFoundError:
+        raise ValueError(f'{Path(path).parent}: no {Path(path).name} there') from None
+    except ValueError as error:
+        raise ValueError(f'{path}: damaged ({error})') from None
+
+
 @functools.cache
 def tokenizer_of(folder):
-    """-> the Tokenizer of a data set, or of a folder that extras/train_tokenizer.py has written;
-    GPT-2's if folder is ''"""
+    """-> the Tokenizer of a data set, of a folder that extras/train_tokenizer.py has written, or of
+    a published model; GPT-2's if folder is ''"""
+    if folder and Path(folder, 'tokenizer.json').exists():
+        from extras.open_tokenizer import read_spec
+        return Tokenizer(read_spec(folder))
     if folder and not Path(folder, 'meta.json').exists():
         raise ValueError(f'--tokenizer={folder}: there is no {folder}/meta.json')
     return Tokenizer(read_meta(folder)['tokenizer'] if folder else {'kind': 'gpt2'})

@@ -5,6 +5,7 @@ A checkpoint holds plain tensors, numbers and strings, so that reading one execu
 """
 import hashlib
 import pickle
+import re
 import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.files import DATA, read_meta, say
+from data.files import DATA, read_json, read_meta, say
 from data.rows import TEXT_STAGES
 from data.tokenizer import Tokenizer, same_ids
 from model import GPT, GPT2, GPTConfig
@@ -59,14 +60,18 @@ def flops_per_token(model, T):
 def load_model(source, dropout=0.0):
     """
     source: a run's folder (best.pt, else ckpt.pt), a checkpoint's path (nanoGPT's too), gpt2,
-    gpt2-medium ..., or a folder with model.safetensors -> model (fp32, CPU), tokenizer, checkpoint
+    gpt2-medium ..., a published model's folder or its name on the hub -> model (on the CPU; fp32, a
+    published one in its own precision), tokenizer, checkpoint
     """
-    path = Path(source)
-    named = str(source).startswith('gpt2') and not path.exists()
-    if named or (path / 'model.safetensors').exists():
+    path, here = Path(source), Path(source).exists()
+    theirs = read_json(path / 'config.json') if (path / 'config.json').exists() else {}
+    if str(source).startswith('gpt2') and not here or 'n_positions' in theirs:
         from extras.gpt2 import load_gpt2
-        checkpoint = {'lineage': [{'from': source}], 'model_args': {}}
+        checkpoint = {'lineage': [{'from': str(source)}], 'model_args': {}}
         return load_gpt2(source, dropout), Tokenizer({'kind': 'gpt2'}), checkpoint
+    if theirs or not here and re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+        from extras.open_weights import load_published
+        return load_published(source, dropout)
     if path.suffix != '.pt':
         path = path / 'best.pt' if (path / 'best.pt').exists() else path / 'ckpt.pt'
     checkpoint = read_checkpoint(path)
@@ -127,7 +132,7 @@ def load_fitting(source, config, meta):
         meta['tokenizer'] = tokenizer.spec      # nanoGPT's characters without the special tokens
     if block_size > model.config.block_size:
         raise ValueError(f'--block_size={block_size}: {source} has {model.config.block_size}')
-    return model, checkpoint
+    return model.float(), checkpoint
 
 
 def make_model(config, origin, meta):

@@ -1,18 +1,22 @@
 """
 Text to tokens and back: a token for each character, GPT-2's byte pairs, those that
-extras/train_tokenizer.py learned, or the words of a small world (all but the first by tiktoken).
+extras/train_tokenizer.py learned, those of a published model, or the words of a small world (all
+but the first by tiktoken).
 
 A tokenizer is a plain dict, small enough to travel in a checkpoint:
     {'kind': 'char', 'chars': '\\n !,...', 'special': ['<|endoftext|>', ...]}
     {'kind': 'gpt2'}
     {'kind': 'bpe', 'pattern': "[^\\r\\n...", 'tokens': [' t', 'he', ...]}
     {'kind': 'words', 'words': [' has', 'Anna', ...]}
-A token of bpe is a text of characters 0 to 255, its bytes. Tokens 0 to 255 are single bytes.
+    {'kind': 'open', 'pattern': ..., 'ids': {'a': 64, ...}, 'special': {'<|im_end|>': 151645, ...},
+     'template': 'chatml', 'begin': '', 'end': '<|endoftext|>', 'nfc': True}
+A token of bpe and of open is a text of characters 0 to 255, its bytes; 0 to 255 of bpe are bytes.
 Special tokens come only from the program, or from encode(..., special=[names]): in ordinary text
 their names are letters.
 """
 import functools
 import re
+import unicodedata
 
 from data.detokenizer import Detokenizer
 
@@ -21,7 +25,9 @@ SPECIAL = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|call|>
 
 
 SPECS = {'char': {'chars': str, 'special': list}, 'gpt2': {}, 'words': {'words': list},
-         'bpe': {'pattern': str, 'tokens': list}}
+         'bpe': {'pattern': str, 'tokens': list},
+         'open': {'pattern': str, 'ids': dict, 'special': dict, 'template': str, 'begin': str,
+                  'end': str}}
 # What a token of bpe may be part of. As in GPT-4's cl100k, but for marks, which belong to words (in
 # Hindi and pointed Arabic a word would end at each one); digits, which stand alone, so that equal
 # places look equal to arithmetic; and English contractions, which need no rule.
@@ -32,6 +38,20 @@ PATTERN = '|'.join([
     r'\s*[\r\n]+',                       # line ends, with the spaces before
     r'\s+(?!\S)',                        # spaces, but the one before a word
     r'\s+'])
+# Those of published models: GPT-2's, SmolLM2's (digits alone), Llama 3's, Qwen's.
+_WORDS, _SIGNS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|", r" ?[^\s\p{L}\p{N}]+"
+_CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+PATTERNS = {
+    'gpt2': _WORDS + r' ?\p{N}+|' + _SIGNS + r'|\s+(?!\S)|\s+',
+    'digits': _WORDS + r'\p{N}|' + _SIGNS + r'|\s+(?=\p{N})|\s+(?!\S)|\s+',
+    'llama3': _CASED + r'\p{N}{1,3}|' + _SIGNS + r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+',
+    'qwen': _CASED + r'\p{N}|' + _SIGNS + r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'}
+# How a conversation is written: what begins it, a message, what ends one and what is behind that.
+TEMPLATES = {
+    '': ('<|endoftext|>', '<|{role}|>', '<|end|>', ''),
+    'chatml': ('', '<|im_start|>{role}\n', '<|im_end|>', '\n'),
+    'llama3': ('<|begin_of_text|>', '<|start_header_id|>{role}<|end_header_id|>\n\n', '<|eot_id|>',
+               '')}
 WORDS = r' ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s'    # the same in the small world
 
 
@@ -50,6 +70,15 @@ def check_spec(spec):
             raise ValueError('a bpe tokenizer whose tokens are damaged')
         if spec['pattern'] != PATTERN:      # which tiktoken runs: another one might take for ever
             raise ValueError('a bpe tokenizer with a pattern that this program does not know')
+    if spec['kind'] == 'open':
+        ids = [*spec['ids'].values(), *spec['special'].values()]
+        _, _, end, _ = TEMPLATES.get(spec['template'], [None] * 4)
+        names = {name for name in (spec['begin'], spec['end'], spec['template'] and end) if name}
+        if (spec['pattern'] not in PATTERNS or end is None or not names <= spec['special'].keys()
+                or not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids)
+                or len(set(ids)) < len(ids) or not set(map(chr, range(256))) <= spec['ids'].keys()
+                or any(max(text, default='\u0100') > '\xff' for text in spec['ids'])):
+            raise ValueError('an open tokenizer whose parts are damaged')
 
 
 def same_ids(*specs):
@@ -91,6 +120,11 @@ def encoding_of(spec):
     """-> tiktoken's encoding of a tokenizer that is not of characters"""
     if spec['kind'] == 'gpt2':
         return gpt2_encoding()
+    if spec['kind'] == 'open':
+        import tiktoken
+        return tiktoken.Encoding(
+            'open', pat_str=PATTERNS[spec['pattern']], special_tokens=spec['special'],
+            mergeable_ranks={text.encode('latin-1'): i for text, i in spec['ids'].items()})
     if spec['kind'] == 'words':
         return byte_encoding(WORDS, tuple(word.encode() for word in spec['words']))
     return byte_encoding(spec['pattern'], tuple(t.encode('latin-1') for t in spec['tokens']))
@@ -104,13 +138,19 @@ class Tokenizer:
         if spec['kind'] != 'char':
             self.bpe = encoding_of(spec)
             self.vocab_size = self.bpe.n_vocab
-            self.special = {name: self.bpe.encode_single_token(name) for name in SPECIAL}
+            self.special = spec.get('special') or {
+                name: self.bpe.encode_single_token(name) for name in SPECIAL}
         else:
             self.bpe = None
             self.chars = {c: i for i, c in enumerate(spec['chars'])}
             self.special = {name: len(self.chars) + i for i, name in enumerate(spec['special'])}
             self.vocab_size = len(self.chars) + len(self.special)
             self.names = list(spec['chars']) + spec['special']
+        self.template = TEMPLATES[spec.get('template', '')]
+        if spec['kind'] == 'open':      # what the program calls <|endoftext|> and <|end|>
+            own = {'<|endoftext|>': spec['end'], '<|end|>': spec['template'] and self.template[2]}
+            self.special = self.special | {
+                name: self.special[theirs] for name, theirs in own.items() if theirs}
 
     @classmethod
     def of_text(cls, text):
@@ -133,7 +173,12 @@ class Tokenizer:
     @property
     def begin(self):
         """The ids that begin a document: of an empty prompt."""
-        return [self.special.get('<|endoftext|>', 0)]
+        return self.prefix or [self.special.get('<|endoftext|>', 0)]
+
+    @property
+    def prefix(self):
+        """The ids that a published model wants before any text."""
+        return [self.special[self.spec['begin']]] if self.spec.get('begin') else []
 
     @property
     def end(self):
@@ -147,6 +192,8 @@ class Tokenizer:
 
     def encode(self, text, special=()):
         """text -> ids. special: names of special tokens that become those tokens in it."""
+        if self.spec.get('nfc'):
+            text = unicodedata.normalize('NFC', text)
         if self.bpe:
             return self.bpe.encode(text, allowed_special=set(special), disallowed_special=())
         special = [name for name in special if name in self.special]
@@ -166,33 +213,43 @@ class Tokenizer:
         content may be a list of parts: {'type': text, call or result, 'text': text}. reply=True
         opens the assistant's answer. No text becomes a special token. ValueError: what is wrong.
         """
-        special, ids, in_play = self.special, [self.special['<|endoftext|>']], [0]
+        begin = self.encode(self.template[0], self.special)
+        turns = [(begin, [0] * len(begin)), *map(self.render_turn, messages)]
+        opening = self.opening('assistant') if reply else []
+        return ([i for ids, _ in turns for i in ids] + opening,
+                [i for _, in_play in turns for i in in_play] + [0] * len(opening))
+
+    def opening(self, role):
+        """-> the ids that begin a message"""
+        return self.encode(self.template[1].format(role=role), self.special)
+
+    def render_turn(self, message):
+        """-> the ids of a message, and in play as in render()"""
+        ids, in_play, special = [], [], self.special
 
         def add(new, mine):
             ids.extend(new)
             in_play.extend([int(mine)] * len(new))
 
-        for message in messages:
-            role, content = message['role'], message['content']
-            if role not in ('system', 'user', 'assistant'):
-                raise ValueError(f'a message of role {role!r}: only system, user and assistant')
-            mine = role == 'assistant'
-            add([special[f'<|{role}|>']], False)
-            if isinstance(content, str):
-                content = [{'type': 'text', 'text': content}]
-            for part in content:
-                text = self.encode(part['text'])
-                if part['type'] == 'text':
-                    add(text, mine)
-                elif part['type'] == 'call' and mine:
-                    add([special['<|call|>'], *text, special['<|result|>']], True)
-                elif part['type'] == 'result' and mine:
-                    add([*text, special['<|result|>']], False)
-                else:
-                    raise ValueError(f'a part of type {part["type"]!r} in a message of role {role}')
-            add([special['<|end|>']], mine)
-        if reply:
-            add([special['<|assistant|>']], False)
+        role, content = message['role'], message['content']
+        if role not in ('system', 'user', 'assistant'):
+            raise ValueError(f'a message of role {role!r}: only system, user and assistant')
+        mine = role == 'assistant'
+        add(self.opening(role), False)
+        if isinstance(content, str):
+            content = [{'type': 'text', 'text': content}]
+        for part in content:
+            text = self.encode(part['text'])
+            if part['type'] == 'text':
+                add(text, mine)
+            elif part['type'] == 'call' and mine and '<|call|>' in special:
+                add([special['<|call|>'], *text, special['<|result|>']], True)
+            elif part['type'] == 'result' and mine and '<|result|>' in special:
+                add([*text, special['<|result|>']], False)
+            else:
+                raise ValueError(f'a part of type {part["type"]!r} in a message of role {role}')
+        add([special['<|end|>']], mine)
+        add(self.encode(self.template[3]), False)
         return ids, in_play
 
     def fit(self, turns, room):
@@ -201,13 +258,13 @@ class Tokenizer:
         number of turns left out. The oldest go first, a question with its answer; of the last one
         alone, if it is too long, the end is kept.
         """
-        begin, reply = self.special['<|endoftext|>'], self.special['<|assistant|>']
-        head, rest = [begin, *turns[0]][:room // 2], turns[1:]
-        kept = len(rest)
-        while kept > 2 and len(head) + 1 + sum(map(len, rest[-kept:])) > room:
+        begin, reply = self.encode(self.template[0], self.special), self.opening('assistant')
+        head, rest = [*begin, *turns[0]][:room // 2], turns[1:]
+        room, kept = room - len(head) - len(reply), len(rest)
+        while kept > 2 and sum(map(len, rest[-kept:])) > room:
             kept -= 2
-        tail = sum(rest[-kept:], [])[-(room - len(head) - 1):]
-        return [*head, *tail, reply], len(rest) - kept
+        tail = sum(rest[-kept:], [])[-max(room, 1):]
+        return [*head, *tail, *reply], len(rest) - kept
 
     def _char(self, c):
         if c not in self.chars:
@@ -220,9 +277,12 @@ class Tokenizer:
         """One id -> its bytes, maybe part of a character; those of U+FFFD beyond the vocabulary."""
         if not 0 <= token < self.vocab_size:
             return '\ufffd'.encode()
-        if self.bpe:
+        if self.bpe is None:
+            return self.names[token].encode()
+        try:
             return self.bpe.decode_single_token_bytes(token)
-        return self.names[token].encode()
+        except KeyError:    # a published vocabulary may have gaps
+            return '\ufffd'.encode()
 
     def decode(self, ids):
         return b''.join(map(self.token_bytes, ids)).decode('utf-8', errors='replace')

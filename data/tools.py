@@ -80,8 +80,11 @@ def calls_in(text):
 
 
 def calculator(tokenizer):
-    """-> the tool of a Request: what to append to the ids written so far, mostly nothing."""
-    call, result = tokenizer.special['<|call|>'], tokenizer.special['<|result|>']
+    """-> the tool of a Request: what to append to the ids written so far, mostly nothing. None if
+    there are no tokens to call it with, as in published models."""
+    call, result = (tokenizer.special.get(name) for name in ('<|call|>', '<|result|>'))
+    if call is None:
+        return None
 
     def tool(ids):
         if ids[-1] != result:

@@ -44,16 +44,17 @@ def chat(model, tokenizer, taught, sampling):
                 turns = [turns[0]]
             elif line.split()[:1] == ['/system'] and taught:
                 message = {'role': 'system', 'content': line[7:].strip()}
-                turns = [tokenizer.render([message])[0][1:] if message['content'] else []]
+                turns = [tokenizer.render_turn(message)[0] if message['content'] else []]
             elif line and taught:
-                question = tokenizer.render([{'role': 'user', 'content': line}])[0][1:]
+                question = tokenizer.render_turn({'role': 'user', 'content': line})[0]
                 prompt, left_out = tokenizer.fit([*turns, question], room)
                 if left_out:
                     print(f'(the first {left_out} messages are dropped from the context)')
                 ids = answer(model, tokenizer, Request(
                     prompt, max_new_tokens, sampling, next(seeds), (end, tokenizer.end), tool))
                 if ids:
-                    turns += [question, [prompt[-1], *ids] + [end] * (ids[-1:] != [end])]
+                    ids += [end] * (ids[-1:] != [end]) + tokenizer.encode(tokenizer.template[3])
+                    turns += [question, tokenizer.opening('assistant') + ids]
             elif line:
                 answer(model, tokenizer, Request(tokenizer.encode(line), max_new_tokens, sampling,
                                                  next(seeds), (tokenizer.end,)))

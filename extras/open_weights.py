@@ -9,12 +9,12 @@ A folder has config.json, model*.safetensors and tokenizer.json. Tensors are rea
 their place, in their own precision: the memory that it takes is that of the model. Pickled weights
 are refused, since to read them may run code.
 """
-import json
 from pathlib import Path
 
 import torch
 
-from data.files import read_text
+from data.files import read_json
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, rotary
 
 # architecture: what it has beside Llama's
@@ -34,15 +34,6 @@ def find(source):
         why = str(error).strip().splitlines()[0][:120]
         raise ConnectionError(f'{source}: no folder here, and not to be had from the hub ({why})'
                               ) from None
-
-
-def read_json(path):
-    try:
-        return json.loads(read_text(path))
-    except FileNotFoundError:
-        raise ValueError(f'{path.parent}: no {path.name} there') from None
-    except ValueError as error:
-        raise ValueError(f'{path}: damaged ({error})') from None
 
 
 def config_of(theirs, dropout=0.0):
@@ -177,3 +168,13 @@ def load(source, dropout=0.0):
             raise ValueError(f'{source}: {name} is {tuple(tensor.shape)}, not {tuple(part.shape)}')
         part.copy_(turn(tensor, config.head_width) if turned else tensor)
     return model
+
+
+def load_published(source, dropout=0.0):
+    """-> model, its tokenizer, and a checkpoint that says where they are from"""
+    from extras.open_tokenizer import read_spec
+    folder = find(source)
+    tokenizer = Tokenizer(read_spec(folder))
+    stage = 'sft' if tokenizer.spec['template'] else 'pretrain'
+    checkpoint = {'lineage': [{'from': str(source), 'stage': stage}], 'model_args': {}}
+    return load(folder, dropout), tokenizer, checkpoint

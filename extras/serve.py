@@ -169,8 +169,8 @@ class Endpoint:
             text = '\n'.join(message['content'] for message in messages)
             return self.tokenizer.encode(text)[-self.window // 2:] or self.tokenizer.begin
         system = messages[0]['role'] == 'system'
-        turns = [self.tokenizer.render([{**message, 'content': calls_in(message['content'])}
-                                        if message['role'] == 'assistant' else message])[0][1:]
+        turns = [self.tokenizer.render_turn({**message, 'content': calls_in(message['content'])}
+                                            if message['role'] == 'assistant' else message)[0]
                  for message in messages]
         room = self.window - self.window // 2
         return self.tokenizer.fit(turns if system else [[], *turns], room)[0]
