@@ -38,21 +38,22 @@ PATTERN = '|'.join([
     r'\s*[\r\n]+',                       # line ends, with the spaces before
     r'\s+(?!\S)',                        # spaces, but the one before a word
     r'\s+'])
+WORDS = r' ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s'    # the same in the small world
 # Those of published models: GPT-2's, SmolLM2's (digits alone), Llama 3's, Qwen's.
 _WORDS, _SIGNS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|", r" ?[^\s\p{L}\p{N}]+"
 _CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 PATTERNS = {
+    'own': PATTERN, 'words': WORDS,
     'gpt2': _WORDS + r' ?\p{N}+|' + _SIGNS + r'|\s+(?!\S)|\s+',
     'digits': _WORDS + r'\p{N}|' + _SIGNS + r'|\s+(?=\p{N})|\s+(?!\S)|\s+',
     'llama3': _CASED + r'\p{N}{1,3}|' + _SIGNS + r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+',
     'qwen': _CASED + r'\p{N}|' + _SIGNS + r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'}
 # How a conversation is written: what begins it, a message, what ends one and what is behind that.
 TEMPLATES = {
-    '': ('<|endoftext|>', '<|{role}|>', '<|end|>', ''),
     'chatml': ('', '<|im_start|>{role}\n', '<|im_end|>', '\n'),
     'llama3': ('<|begin_of_text|>', '<|start_header_id|>{role}<|end_header_id|>\n\n', '<|eot_id|>',
-               '')}
-WORDS = r' ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s'    # the same in the small world
+               ''),
+    'own': ('<|endoftext|>', '<|{role}|>', '<|end|>', '')}
 
 
 def check_spec(spec):
@@ -72,7 +73,7 @@ def check_spec(spec):
             raise ValueError('a bpe tokenizer with a pattern that this program does not know')
     if spec['kind'] == 'open':
         ids = [*spec['ids'].values(), *spec['special'].values()]
-        _, _, end, _ = TEMPLATES.get(spec['template'], [None] * 4)
+        _, _, end, _ = TEMPLATES.get(spec['template'] or 'own', [None] * 4)
         names = {name for name in (spec['begin'], spec['end'], spec['template'] and end) if name}
         if (spec['pattern'] not in PATTERNS or end is None or not names <= spec['special'].keys()
                 or not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids)
@@ -146,7 +147,7 @@ class Tokenizer:
             self.special = {name: len(self.chars) + i for i, name in enumerate(spec['special'])}
             self.vocab_size = len(self.chars) + len(self.special)
             self.names = list(spec['chars']) + spec['special']
-        self.template = TEMPLATES[spec.get('template', '')]
+        self.template = TEMPLATES[spec.get('template') or 'own']
         if spec['kind'] == 'open':      # what the program calls <|endoftext|> and <|end|>
             own = {'<|endoftext|>': spec['end'], '<|end|>': spec['template'] and self.template[2]}
             self.special = self.special | {

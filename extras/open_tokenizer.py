@@ -55,7 +55,7 @@ def spec_of(theirs, settings, chat):
         return token['content'] if isinstance(token, dict) else token
 
     template = next((name for name, parts in TEMPLATES.items()
-                     if name and chat and parts[2] in special), '')
+                     if chat and parts[2] in special), '')
     begin = name_of('bos_token')
     begins = begin and repr(begin) in str(theirs.get('post_processor'))
     return {'kind': 'open', 'pattern': pattern, 'ids': ids, 'special': special,

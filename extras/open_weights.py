@@ -19,7 +19,9 @@ from model import GPT, GPTConfig, rotary
 
 # architecture: what it has beside Llama's
 FAMILIES = {'LlamaForCausalLM': {}, 'MistralForCausalLM': {}, 'MixtralForCausalLM': {},
-            'Qwen2ForCausalLM': {'qkv_bias': True}, 'Qwen3ForCausalLM': {'qk_gain': True}}
+            'Qwen2ForCausalLM': {'qkv_bias': True},
+            'Qwen3ForCausalLM': {'qk_norm': True, 'qk_gain': True},
+            'NanoChatForCausalLM': {'norm': 'rms', 'qk_norm': True, 'activation': 'relu2'}}
 LONGEST = 8192      # tokens of context at most: a cache has room for all of them
 
 
@@ -48,11 +50,11 @@ def config_of(theirs, dropout=0.0):
         'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')] == [1, 4, 8192]
     if kind != 'default' and not (kind == 'llama3' and llama3):
         raise ValueError(f'positions of the kind {rope}: known are default and llama3')
-    if theirs.get('hidden_act', 'silu') != 'silu' or theirs.get('mlp_bias'):
-        raise ValueError(f'hidden_act={theirs.get("hidden_act")}, mlp_bias='
-                         f'{theirs.get("mlp_bias")}: known are silu, without biases')
-    if theirs.get('attention_bias'):
-        raise ValueError('attention_bias=true: not known (biases of q, k and v alone are Qwen2)')
+    act = 'relu2' if name[:8] == 'NanoChat' else 'silu'
+    for key, known in dict(hidden_act=act, mlp_bias=False, attention_bias=False,
+                           final_logit_softcapping=None).items():
+        if theirs.get(key, known) != known:
+            raise ValueError(f'{key}={theirs[key]}: known is {known}')
     window = theirs.get('sliding_window') if theirs.get('use_sliding_window', True) else None
     heads = theirs['num_attention_heads']
     experts = theirs['num_local_experts'] if name == 'MixtralForCausalLM' else 0
@@ -62,10 +64,10 @@ def config_of(theirs, dropout=0.0):
         n_kv_head=theirs.get('num_key_value_heads') or heads, n_embd=theirs['hidden_size'],
         head_width=theirs.get('head_dim') or 0, n_inner=theirs['intermediate_size'],
         n_expert=experts, n_expert_active=theirs.get('num_experts_per_tok', 2), dropout=dropout,
-        norm='rms_gain', norm_eps=theirs['rms_norm_eps'], activation='swiglu', qk_norm=name[:5] ==
-        'Qwen3', rope_base=rope['rope_theta'], rope_factor=rope.get('factor', 1.0),
-        tied=theirs.get('tie_word_embeddings', False), zero_init=False, x0=False, vocab_multiple=1,
-        **FAMILIES[name])
+        norm_eps=theirs['rms_norm_eps'], rope_base=rope['rope_theta'],
+        rope_factor=rope.get('factor', 1.0), tied=theirs.get('tie_word_embeddings', False),
+        zero_init=False, x0=False, vocab_multiple=1,
+        **{'norm': 'rms_gain', 'activation': 'swiglu', 'qk_norm': False, **FAMILIES[name]})
 
 
 def places(model):
@@ -77,12 +79,13 @@ def places(model):
     def put(theirs, ours, rows=slice(None), turned=False):
         for kind in 'weight', 'bias':
             if (tensor := getattr(ours, kind, None)) is not None:
-                found[f'{theirs}.{kind}'] = tensor.detach()[rows], turned
+                found[f'{theirs}.{kind}'] = tensor.detach()[rows], turned and llama
 
-    put('model.embed_tokens', model.transformer.wte)
+    llama, real = config.norm == 'rms_gain', slice(0, config.vocab_size)    # no padding rows
+    put('model.embed_tokens', model.transformer.wte, real)
     put('model.norm', model.transformer.ln_f)
     if not config.tied:
-        put('lm_head', model.lm_head)
+        put('lm_head', model.lm_head, real)
     for i, block in enumerate(model.transformer.h):
         layer, attn, mlp = f'model.layers.{i}', block.attn, block.mlp
         put(f'{layer}.input_layernorm', block.ln_1)
@@ -94,7 +97,12 @@ def places(model):
         if config.qk_gain:
             found[f'{layer}.self_attn.q_norm.weight'] = attn.q_gain.detach(), True
             found[f'{layer}.self_attn.k_norm.weight'] = attn.k_gain.detach(), True
-        gate, up = slice(0, config.n_inner), slice(config.n_inner, None)
+        hidden = mlp.c_proj.weight.shape[-1]
+        gate, up = slice(0, hidden), slice(hidden, None)
+        if not llama:
+            put(f'{layer}.mlp.fc1', mlp.c_fc)
+            put(f'{layer}.mlp.fc2', mlp.c_proj)
+            continue
         if not config.n_expert:
             put(f'{layer}.mlp.gate_proj', mlp.c_fc, gate)
             put(f'{layer}.mlp.up_proj', mlp.c_fc, up)

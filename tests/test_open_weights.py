@@ -132,4 +132,4 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
     monkeypatch.setattr(hub, 'snapshot_download', lambda *_, **__: 1 / 0)
     with pytest.raises(ConnectionError, match='nobody/nothing: no folder here'):
         load('nobody/nothing')
-    assert len(FAMILIES) == 5
+    assert len(FAMILIES) == 6
