@@ -277,7 +277,7 @@ class GPT(nn.Module):
     def parameter_groups(self, muon):
         """-> the layers' matrices if muon is on (else none), all other matrices, the rest"""
         groups = [], [], []
-        for name, p in self.named_parameters():
+        for name, p in ((name, p) for name, p in self.named_parameters() if p.requires_grad):
             hidden = muon and name.startswith('transformer.h.') and '.router.' not in name
             groups[2 if p.dim() < 2 else 0 if hidden else 1].append(p)
         return groups

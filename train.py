@@ -53,6 +53,7 @@ sample_tokens = 80           # how much text to print at every evaluation; 0: no
 wandb_log = False            # log to Weights & Biases too
 wandb_project = 'oneloop'    # its project
 wandb_run_name = 'gpt2'      # and its name for this run
+lora_rank = 0                # learn narrow changes of weights (extras/lora.py); at least 0
 depth = 0                    # what config/depth.py behind it computes a run from; at least 1
 # a step; the network's settings are the fields of GPTConfig in model.py: --n_layer=12 ...
 gradient_accumulation_steps = 40   # microbatches in a step, over all processes; from 1 to 1e6
@@ -324,7 +325,8 @@ def find_stage(values):
 def other_settings(values):
     """Other sources of settings: the stage's file, the card's in a dry run, GPTConfig."""
     module, card = find_stage(values), extra('card') if values['dry_run'] else None
-    modules = [module, *getattr(module, 'USES', ()), card]
+    lora = importlib.import_module('extras.lora') if values['lora_rank'] else None
+    modules = [module, *getattr(module, 'USES', ()), card, lora]
     return [*(vars(module) for module in modules if module), GPTConfig]
 
 
@@ -344,7 +346,7 @@ def make_run(config, origin):
     config['dtype'] = str(precision)[6:]
     if compile is None:
         config['compile'] = where.startswith('cuda')
-    network = model if dry_run else processes.prepare(model, config, where, precision, world)
+    network = processes.prepare(model, config, where, precision, world)
     begun = dict(stage=stage, dataset=config['dataset'], init_from=init_from, data=meta['hashes'])
     return Run(
         config=config, stage=kind, device=where, dtype=precision, rank=rank, world=world,

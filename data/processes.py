@@ -67,6 +67,11 @@ def plain(tensor):
 def prepare(model, config, device, precision, world):
     """-> the model as the loop calls it: on its device, by the settings in 8 bits and compiled, and
     either shared out among the processes or whole in each, with the mean of all gradients"""
+    if config['lora_rank']:
+        from extras.lora import add_lora
+        add_lora(model, config)
+    if config['dry_run']:
+        return model
     if config['fp8']:
         from extras.float8 import use_float8
         use_float8(model, device)

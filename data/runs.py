@@ -198,6 +198,9 @@ def save(run, name):
         'config': run.config, 'iter_num': run.step, 'best_val_loss': run.best,
         'seconds': run.seconds, 'tokens': run.tokens, 'notes': run.notes, 'since': run.since,
         'tokenizer': run.tokenizer.spec, 'lineage': run.lineage}
+    if run.config['lora_rank']:
+        from extras.lora import merged_state
+        content |= merged_state(run.model)
     path = Path(run.config['out_dir'], name)
     if run.config['checkpoint'] == 'sharded':
         from extras.shard import save_parts
@@ -239,6 +242,9 @@ def restore(run, checkpoint):
         return
     path = f'{run.config["out_dir"]}/ckpt.pt'
     try:
+        if 'lora' in checkpoint:
+            from extras.lora import restore_lora
+            restore_lora(run.model, checkpoint['lora'])
         restore_optimizers(run, checkpoint)
         if checkpoint.get('scaler'):
             run.scaler.load_state_dict(checkpoint['scaler'])

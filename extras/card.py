@@ -84,7 +84,8 @@ def memory(run):
     if config['recompute']:     # of each layer what goes in, all of the one at work
         kept = kept // c.n_layer + c.n_layer * c.n_embd
     work = rows * (kept * size + c.table_rows * (2 * size + 8))
-    weights = 8 * parameters(run.model)
+    learned = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    weights = 4 * (parameters(run.model) + learned)     # a gradient for what learns
     if run.stage.samples:   # the policy's copy of the weights, keys and values
         weights += parameters(run.model) * size if size == 2 else 0
         count = config['num_prompts'] * config['num_samples'] // max(run.world, gpu_count())
@@ -94,7 +95,7 @@ def memory(run):
     if run.stage.reference:
         weights += 4 * reference_parameters(run)
     hidden, _, _ = run.model.parameter_groups(config['muon_lr'] > 0)
-    state = 4 * (2 * parameters(run.model) - sum(p.numel() for p in hidden))
+    state = 4 * (2 * learned - sum(p.numel() for p in hidden))
     parts = max(run.world, gpu_count()) if config['shard'] else 1
     return weights / parts, state / parts, work, state
 

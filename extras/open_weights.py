@@ -97,7 +97,7 @@ def places(model):
         if config.qk_gain:
             found[f'{layer}.self_attn.q_norm.weight'] = attn.q_gain.detach(), True
             found[f'{layer}.self_attn.k_norm.weight'] = attn.k_gain.detach(), True
-        hidden = mlp.c_proj.weight.shape[-1]
+        hidden = mlp.c_fc.weight.shape[-2] // 2
         gate, up = slice(0, hidden), slice(hidden, None)
         if not llama:
             put(f'{layer}.mlp.fc1', mlp.c_fc)

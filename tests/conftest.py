@@ -119,7 +119,7 @@ def inside(script, *arguments, cwd=None, ok=True):
     name = script.removesuffix('.py').replace('/', '.')
     printed = io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True)
     module, refusal = importlib.import_module(name), None
-    names = 'stages.rl', 'stages.dpo', 'stages.distill', 'extras.card'
+    names = 'stages.rl', 'stages.dpo', 'stages.distill', 'extras.card', 'extras.lora'
     rooms = list(map(importlib.import_module, names))
     before = [(each, dict(vars(each))) for each in (module, *rooms)]
     with (
