@@ -29,7 +29,7 @@ ignore_end = False      # continue after the end token
 seed = 1337             # sample i depends on seed + i alone; from 0 to 1e18
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
-quantize = ''           # int8: 8-bit weights (extras/int8.py)
+quantize = ''           # int8 or int4: weights of 8 or 4 bits (extras/quantize.py)
 compile = False         # torch.compile the model
 
 MOVED = dict.fromkeys(['chat', 'votes'], 'use python -m extras.chat') | {     # former settings
@@ -309,7 +309,7 @@ def open_model(source, device='auto', dtype='auto', quantize=''):
     if row_linear := extra('row_linear'):
         row_linear.use_row_linears(model)
     if quantize:
-        from extras.int8 import quantize_model
+        from extras.quantize import quantize_model
         quantize_model(model, quantize)
     return model, tokenizer, checkpoint
 

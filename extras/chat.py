@@ -23,7 +23,7 @@ max_new_tokens = 500    # in an answer; at least 1
 votes = 1               # decode this many answers, show one with the majority's result; at least 1
 tools = True            # let the model call the calculator
 seed = 1337             # answer i depends on seed + i * votes alone; at least 0
-quantize = ''           # int8: 8-bit weights (extras/int8.py)
+quantize = ''           # int8 or int4: weights of 8 or 4 bits (extras/quantize.py)
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 

@@ -24,7 +24,7 @@ rows = 16               # answers that are decoded side by side; at least 1
 votes = 1               # what most of this many answers say counts; 1: greedy; at least 1
 tools = True            # let the model call the calculator
 seed = 1337             # of the questions and votes; at least 0
-quantize = ''           # int8: 8-bit weights (extras/int8.py)
+quantize = ''           # int8 or int4: weights of 8 or 4 bits (extras/quantize.py)
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 

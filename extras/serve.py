@@ -45,7 +45,7 @@ port = 8000             # 0: any that is free; from 0 to 65535
 rows = 16               # requests that decode at a time; at least 1
 queue_limit = 64        # requests that may wait for a row; more are answered with 429; at least 1
 tools = True            # let the model call the calculator, in chats
-quantize = ''           # int8: 8-bit weights (extras/int8.py)
+quantize = ''           # int8 or int4: weights of 8 or 4 bits (extras/quantize.py)
 device = 'auto'         # cuda, cuda:1, mps or cpu
 dtype = 'auto'          # float32, bfloat16 or float16; auto: the fastest here
 

@@ -6,7 +6,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py large          # GPT-2 774M's shape, one row, int8 beside bf16
     python tests/bench.py batch          # 64 samples at once against 64 one by one
     python tests/bench.py mixed          # 256 requests of mixed lengths, in 32 rows
-    python tests/bench.py int8 out-shakespeare-char     # a run's validation loss with int8 weights
+    python tests/bench.py quantized out-shakespeare-char    # a run's loss in 8 and 4 bits
     python tests/bench.py steps          # the laptop run's steps beside nanoGPT's recipe's
     python tests/bench.py rl out-arithmetic-sft         # where a step of RL spends its time
     python tests/bench.py demonstrations 200 500    # accuracy of out-sft-200, out-rl-200, ...
@@ -15,6 +15,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
 """
 
 import concurrent.futures
+import copy
 import http.client
 import itertools
 import json
@@ -36,8 +37,8 @@ from data.rows import microbatches, pad  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
 from data.tokens import Tokens  # noqa: E402
 from extras.gpt2 import load_gpt2  # noqa: E402
-from extras.int8 import quantize_model  # noqa: E402
 from extras.machine import bandwidth_share  # noqa: E402
+from extras.quantize import quantize_model  # noqa: E402
 from extras.row_linear import use_row_linears  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 from sample import Request, Sampling, decode, generate, seed  # noqa: E402
@@ -130,12 +131,13 @@ def transformers():
             f'transformers {hf.__version__} {64 / slow:.1f}: '
             f'{slow / fast:.2f} x; {share(ours, fast / 64)}'
         )
-        bytes_ = quantize_model(ours)
-        small = timed(lambda model=bytes_: generate(model, prompt.tolist(), 64, GREEDY))
-        print(
-            f'the same with int8 weights: {64 / small:.1f} tokens/s, {fast / small:.2f} x; '
-            f'{share(bytes_, small / 64)}'
-        )
+        for kind in 'int8', 'int4':
+            narrow = quantize_model(copy.deepcopy(ours), kind)
+            small = timed(lambda model=narrow: generate(model, prompt.tolist(), 64, GREEDY))
+            print(
+                f'the same in {kind}: {64 / small:.1f} tokens/s, {fast / small:.2f} x; '
+                f'{share(narrow, small / 64)}'
+            )
 
 
 def large():
@@ -201,8 +203,8 @@ def mixed():
     )
 
 
-def int8(folder):
-    """Validation loss of a run, with its weights and with bytes for them; all in fp32 else."""
+def quantized(folder):
+    """Validation loss of a run, with its weights and with 8 and 4 bits for them; fp32 else."""
     model, _, checkpoint = load_model(folder)
     config = checkpoint['config']
     val = Tokens(DATA / config['dataset'], 'val', config['block_size'] + 1)
@@ -218,10 +220,11 @@ def int8(folder):
         return total / len(starts) / config['block_size']
 
     model.eval()
-    before = loss()
-    quantize_model(model)
-    after = loss()
-    print(f'{folder}: {before:.5f}, with int8 weights {after:.5f}: {after / before - 1:+.4%}')
+    before, plain = loss(), model
+    for kind in 'int8', 'int4':
+        model = quantize_model(copy.deepcopy(plain), kind)
+        after = loss()
+        print(f'{folder}: {before:.5f}, with {kind} weights {after:.5f}: {after / before - 1:+.4%}')
 
 
 def rl(folder):
@@ -415,7 +418,7 @@ def steps():
 if __name__ == '__main__':
     chosen = sys.argv[1:] or ['cache', 'transformers', 'batch', 'mixed', 'server', 'steps']
     print(f'torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads')
-    if chosen[0] in ('int8', 'rl', 'demonstrations', 'bytes_per_token'):
+    if chosen[0] in ('quantized', 'rl', 'demonstrations', 'bytes_per_token'):
         globals()[chosen[0]](*chosen[1:])
     else:
         for name in chosen:

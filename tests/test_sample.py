@@ -13,8 +13,8 @@ import torch
 from conftest import FAMILIES, ROOT, inside, tiny
 
 from data.models import read_checkpoint
-from extras import int8
-from extras.int8 import Int8Linear, quantize_model
+from extras import quantize
+from extras.quantize import Int4Linear, Int8Linear, quantize_model
 from extras.row_linear import RowLinear, use_row_linears
 from sample import Request, Sampling, decode, generate, probabilities
 
@@ -311,7 +311,7 @@ def test_the_end_token_in_a_prompt_is_the_token(trained):
         (['--device=tpu'], 'choose cuda'),
         (['--dtype=float16', '--device=cpu'], 'float16 (only on CUDA)'),
         (['--num_samples=0'], 'num_samples=0: must be from 1 to'),
-        (['--quantize=int4'], '--quantize=int4: choose int8'),
+        (['--quantize=int2'], '--quantize=int2: choose int8 or int4'),
     ],
 )
 def test_bad_input_to_sampling_is_one_clear_line(trained, arguments, words):
@@ -387,7 +387,7 @@ def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias, kernel,
     if kernel and torch.backends.quantized.engine != 'x86':
         pytest.skip('this machine has no such kernel')
     if not kernel:
-        monkeypatch.setattr(int8, 'packed_for_cpu', lambda weight, scale: None)
+        monkeypatch.setattr(quantize, 'packed_for_cpu', lambda weight, scale: None)
     torch.manual_seed(0)
     linear = torch.nn.Linear(96, 40, bias=bias).to(dtype)
     x = torch.randn(2, rows, 96, dtype=dtype)[:1] * torch.logspace(-3, 3, rows)[:, None].to(dtype)
@@ -403,6 +403,38 @@ def test_int8_is_the_product_with_the_rounded_weights(dtype, rows, bias, kernel,
     worst = (small(x).double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert worst.max() < (3e-4 if dtype == torch.float32 else 1e-2)
     assert small(x).dtype == dtype
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('rows', [1, 8])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('outputs', [48, 40])   # the kernel takes multiples of 16
+def test_int4_is_the_product_with_the_rounded_weights(dtype, rows, bias, outputs):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, outputs, bias=bias).to(dtype)
+    x = torch.randn(2, rows, 96, dtype=dtype)
+    small = Int4Linear(linear)
+    groups = linear.weight.detach().double().unflatten(1, (3, 32))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step = (high - low) / 15
+    dequantized = low + ((groups - low) / step).round() * step
+    assert ((dequantized - groups).abs() <= step * 0.51).all()
+    expected = x.double() @ dequantized.flatten(1).T + (linear.bias.double() if bias else 0)
+    ours = small(x)
+    assert (ours.double() - expected).norm() < 1e-2 * expected.norm() and ours.dtype == dtype
+    assert (small.packed is not None) == (outputs == 48)
+    assert small.nbytes == 96 * outputs * (1 / 2 + 4 / 32)
+
+
+def test_in_4_bits_blocks_are_narrow_and_the_head_is_not():
+    idx, shape = torch.randint(50, (2, 20)), dict(n_embd=64)
+    exact, model = tiny(**shape)(idx)[0], quantize_model(tiny(**shape), 'int4')
+    kinds = {type(m) for m in model.transformer.h.modules() if hasattr(m, 'nbytes')}
+    assert kinds == {Int4Linear} and type(model.lm_head) is Int8Linear
+    assert 0 < (model(idx)[0] - exact).norm() < 0.3 * exact.norm()
+    whole = quantize_model(tiny(n_embd=48), 'int4')     # 48 is no multiple of 32
+    assert type(whole.transformer.h[0].attn.c_attn) is Int8Linear
+    assert len(generate(model, [[1, 2], [3]], 9)[1]) == 9
 
 
 def test_a_mixture_of_experts_is_not_quantized():
