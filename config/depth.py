@@ -1,5 +1,5 @@
 # One number sets a whole run: python train.py --depth=12 --dataset=fineweb config/depth.py
-# What stands behind it wins. The formulas are nanochat's (github.com/karpathy/nanochat,
+# What stands behind it wins. Its form is nanochat's (github.com/karpathy/nanochat,
 # scripts/base_train.py, 2026), the rates at depth 12 are those of config/train_gpt2.py.
 import math
 
@@ -17,20 +17,19 @@ n_head = n_embd // 128
 _weights = 12 * n_layer * n_embd ** 2 + _vocab_size * n_embd    # of the matrices and the head
 _longer = _weights / (12 * 12 * 768 ** 2 + _vocab_size * 768)   # than at depth 12
 # The best batch grows with the tokens of a run, to the power of 0.383 (arXiv:2505.13738); below
-# depth 12 it falls faster, twice as fast as arXiv:2401.02954's with compute (config/README.md).
+# depth 12 it falls twice as fast as arXiv:2401.02954's does with compute (config/README.md).
 _power = 0.383 if _longer > 1 else 2 * 0.327
 _rows = max(1, round(2 ** round(19 + _power * math.log2(_longer)) / block_size))    # noqa: F821
 batch_size = min(16, _rows)                         # raise it to what fits into memory
 gradient_accumulation_steps = round(_rows / batch_size)
 _batch = batch_size * gradient_accumulation_steps * block_size      # noqa: F821  tokens
 max_iters = max(1, round(12 * _weights / _batch))   # 12 tokens for each of these weights
-# Rates follow the fourth root of the batch (measured; nanochat's the root: arXiv:2205.10287),
-# AdamW's also the root of the width. With this decay weights forget over the same share of any run
-# (arXiv:2405.13698).
-_batches = _batch / 2 ** 19
-muon_lr = 0.02 * _batches ** 0.25
-learning_rate = 3e-3 * _batches ** 0.25 * math.sqrt(768 / n_embd)
-weight_decay = 0.1 * _batches ** 0.75 / _longer
+# Larger batches bear larger rates, longer runs smaller ones: along the dial they cancel (measured).
+# AdamW's follows the root of the width. With this decay weights forget over the same share of any
+# run (arXiv:2405.13698).
+muon_lr = 0.02
+learning_rate = 3e-3 * math.sqrt(768 / n_embd)
+weight_decay = 0.1 * _batch / 2 ** 19 / _longer
 min_lr = 0.0
 lr_schedule = 'linear'
 warmup_iters = min(100, max_iters // 20)

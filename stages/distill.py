@@ -48,14 +48,16 @@ def start_on_policy(run):
 def start_on_data(run):
     """-> batches(step), evaluate()"""
     guide = load_reference(run, teacher)
-    if teacher_top > guide.config.vocab_size:
-        raise ValueError(f'--teacher_top={teacher_top}: there are {guide.config.vocab_size} tokens')
+    known = min(guide.config.vocab_size, run.model.config.vocab_size)   # a table may have spare ids
+    if teacher_top > known:
+        raise ValueError(f'--teacher_top={teacher_top}: there are {known} tokens')
     rows, evaluate = read_rows(run)
 
     def batches(step):
         for x, y, _ in rows(step):
             with torch.no_grad():
-                p, ids = run.forward(guide, x)[0].float().softmax(-1).topk(teacher_top)
+                logits = run.forward(guide, x)[0][..., :known]
+                p, ids = logits.float().softmax(-1).topk(teacher_top)
             ids[y < 0] = -1
             yield x, ids, teacher_top * p / p.sum(-1, keepdim=True)
 

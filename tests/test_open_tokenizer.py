@@ -9,7 +9,7 @@ from conftest import ROOT, inside
 
 from data.files import tokenizer_of
 from data.models import is_taught, load_model
-from data.sources import write_conversations
+from data.sources import write_conversations, write_tokens
 from data.tokenizer import PATTERNS, TEMPLATES, Tokenizer
 from extras.open_tokenizer import read_spec
 
@@ -205,3 +205,21 @@ def test_it_is_sampled_finetuned_and_sampled_again(template, tmp_path):
     assert same.spec == tokenizer.spec and again.config == model.config
     inside('sample.py', f'--out_dir={out}', '--num_samples=1', '--max_new_tokens=5',
            '--device=cpu', '--dtype=float32')  # fmt: skip
+
+
+def test_a_small_model_learns_from_a_published_one(tmp_path):
+    folder = published(tmp_path / 'model')
+    data = tmp_path / 'student'
+    tokenizer = tokenizer_of(folder)
+    ids = tokenizer.encode((ROOT / 'README.md').read_text())
+    write_tokens(data, tokenizer, 'README', train=ids, val=ids[:400])
+    text = inside('train.py', str(ROOT / 'config/distill_published.py'), f'--teacher={folder}',
+                  f'--dataset={data}', f'--out_dir={tmp_path}/out', '--n_layer=1', '--n_embd=64',
+                  '--n_head=1', '--block_size=64', '--max_iters=20', '--eval_interval=20',
+                  '--warmup_iters=2', '--sample_tokens=0', '--device=cpu', '--dtype=float32',
+                  '--log_interval=1')  # fmt: skip
+    losses = [float(line.split('loss ')[1].split(',')[0]) for line in text.splitlines()
+              if line.startswith('step ') and ': loss' in line]  # fmt: skip
+    assert losses[-1] < losses[0]
+    student, same, _ = load_model(f'{tmp_path}/out')
+    assert same.spec == tokenizer.spec and student.config.n_embd == 64
