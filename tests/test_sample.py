@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, inside, tiny
+from torch.nn import functional as F
 
 from data.models import read_checkpoint
 from extras import quantize
@@ -61,6 +62,18 @@ def test_a_large_model_laid_for_reading_computes_the_same(family):
     torch.set_num_threads(3)
     torch.testing.assert_close(model.lm_head(x), logits, atol=1e-5, rtol=1e-4)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_one_row_in_bf16_is_the_product_rounded_once(bias):
+    model = torch.nn.Sequential(torch.nn.Linear(300, 1000, bias=bias)).bfloat16()
+    x = torch.randn(1, 1, 300).bfloat16()
+    layer = use_row_linears(model)[0]
+    assert type(layer) is RowLinear and layer.weight.is_contiguous()
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    assert (layer(x).double() - exact).norm() < 4e-3 * exact.norm()
+    rows = torch.randn(5, 300).bfloat16()
+    assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize('length', [23, 24, 25, 60])
