@@ -9,6 +9,7 @@ A folder has config.json, model*.safetensors and tokenizer.json. Tensors are rea
 their place, in their own precision: the memory that it takes is that of the model. Pickled weights
 are refused, since to read them may run code.
 """
+import functools
 from pathlib import Path
 
 import torch
@@ -126,6 +127,11 @@ def turn(tensor, D):
 def open_tensors(folder):
     """-> {name: a function that reads the tensor} of a folder's *.safetensors. ValueError"""
     from safetensors import SafetensorError, safe_open
+
+    def read(path, key):    # a file that stays open would keep all that was read of it in memory
+        with safe_open(path, 'pt') as file:
+            return file.get_tensor(key)
+
     index, names = folder / 'model.safetensors.index.json', ['model.safetensors']
     if index.exists():
         names = sorted(set(read_json(index).get('weight_map', {}).values()))
@@ -136,12 +142,11 @@ def open_tensors(folder):
             pickled = ': pickled weights are not read' if list(folder.glob('*.bin')) else ''
             raise ValueError(f'{folder}: no {path.name} there{pickled}')
         try:
-            file = safe_open(path, 'pt')
+            with safe_open(path, 'pt') as file:
+                found |= {key: functools.partial(read, path, key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f'{path}: damaged ({error})') from None
-        found |= {key: (file, key) for key in file.keys()}  # noqa: SIM118  it is no dict
-    return {key: lambda file=file, key=key: file.get_tensor(key)
-            for key, (file, key) in found.items()}
+    return found
 
 
 @torch.no_grad()
