@@ -133,12 +133,15 @@ def read_meta(folder):
 
 
 def read_json(path):
-    """-> what a JSON file holds. ValueError if there is none, or it is damaged"""
+    """-> the dict that a JSON file holds. ValueError if there is none, or it is damaged"""
     try:
-        return json.loads(read_text(path))
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise ValueError('not an object')
+        return content
     except FileNotFoundError:
         raise ValueError(f'{Path(path).parent}: no {Path(path).name} there') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path}: damaged ({error})') from None
 
 

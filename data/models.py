@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.files import DATA, read_json, read_meta, say
+from data.files import DATA, read_json, read_meta, say, tokenizer_of
 from data.rows import TEXT_STAGES
 from data.tokenizer import Tokenizer, same_ids
 from model import GPT, GPT2, GPTConfig
@@ -68,8 +68,9 @@ def load_model(source, dropout=0.0):
     if str(source).startswith('gpt2') and not here or 'n_positions' in theirs:
         from extras.gpt2 import load_gpt2
         checkpoint = {'lineage': [{'from': str(source)}], 'model_args': {}}
-        return load_gpt2(source, dropout), Tokenizer({'kind': 'gpt2'}), checkpoint
-    if theirs or not here and re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+        is_other = theirs.get('vocab_size', 50257) != 50257 and (path / 'tokenizer.json').exists()
+        return load_gpt2(source, dropout), tokenizer_of(source if is_other else ''), checkpoint
+    if theirs or not here and re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', str(source)):
         from extras.open_weights import load_published
         return load_published(source, dropout)
     if path.suffix != '.pt':
@@ -126,6 +127,9 @@ def load_fitting(source, config, meta):
     dataset, block_size = config['dataset'], config['block_size']
     if not (config['dry_run'] or same_ids(tokenizer.spec, meta['tokenizer'])):
         raise ValueError(f'{source} and data/{dataset} do not have the same tokenizer')
+    if config['stage'] not in TEXT_STAGES and config['lora_rank'] and not is_taught(checkpoint):
+        raise ValueError(f'--lora_rank={config["lora_rank"]}: {source} was never taught to chat, '
+                         'and LoRA learns no new tokens: teach it with all of its weights first')
     if config['stage'] not in TEXT_STAGES and model.config.vocab_size < meta['vocab_size']:
         model = widen(model, meta['vocab_size'])      # GPT-2 knows no chat tokens
     elif model.config.vocab_size < meta['vocab_size']:
@@ -183,9 +187,10 @@ def adopt(config, origin, source, model):
 def check_resumed(config, checkpoint, meta):
     """Raises ValueError for what a resumed run cannot go on with; says what it goes on with."""
     known, begun = checkpoint.get('config', {}), (checkpoint.get('lineage') or [{}])[-1]
-    for name in ('stage', 'dataset', 'block_size', 'seed', 'weight_decay', 'beta1', 'beta2'):
-        if known.get(name, config[name]) != config[name]:
-            raise ValueError(f'--{name}={config[name]}: the run that is resumed has {name}='
+    for name in ('stage', 'dataset', 'block_size', 'seed', 'weight_decay', 'beta1', 'beta2',
+                 'lora_rank', 'lora_alpha', 'lora_targets'):
+        if known.get(name, config.get(name)) != config.get(name):
+            raise ValueError(f'--{name}={config.get(name)}: the run that is resumed has {name}='
                              f'{known[name]}; give the settings that it had')
     if list(begun.get('data', meta['hashes']).values()) != list(meta['hashes'].values()):
         raise ValueError(f'--dataset={config["dataset"]}: prepared anew since this run began')

@@ -125,12 +125,14 @@ class Conversations:
                              'conversations')
         self.tokens = Tokens(folder, split, 2, vocab_size)
         ids = np.memmap(path, self.tokens.dtype, 'r')
-        self.in_play = np.memmap(path.with_suffix('.mask.bin'), np.uint8, 'r')
-        if len(ids) != len(self.in_play):
+        self.mask = np.memmap(path.with_suffix('.mask.bin'), np.uint8, 'r')
+        if len(ids) != len(self.mask):
             raise ValueError(f'{path}: not as long as its mask; prepare it again')
-        if not self.in_play[:].any():
+        if not (self.mask[:] & 1).any():
             raise ValueError(f'{path}: nothing is in play by its mask; prepare it again')
-        begins = np.flatnonzero((ids == ids[0]) & (self.in_play[:] == 0))
+        begins = np.flatnonzero(self.mask[:] & 2)
+        if not len(begins):     # written before there were marks
+            begins = np.flatnonzero((ids == ids[0]) & (self.mask[:] == 0))
         self.spans = np.stack((begins, np.append(begins[1:], len(ids))), 1)
         self.truncated = int((self.spans[:, 1] - self.spans[:, 0] > length).sum())
         self.spans[:, 1] = np.minimum(self.spans[:, 1], self.spans[:, 0] + length)
@@ -156,7 +158,7 @@ class Conversations:
     def conversation(self, i):
         """-> ids, in play"""
         start, stop = self.spans[i]
-        return self.tokens.windows(np.array([start]), stop - start)[0], self.in_play[start:stop]
+        return self.tokens.windows(np.array([start]), stop - start)[0], self.mask[start:stop] & 1
 
     def assemble(self, rows):
         """Rows, each a list of conversations -> x, y: (rows, length - 1), -1 what is not in play"""

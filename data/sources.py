@@ -58,12 +58,14 @@ def write_tokens(folder, tokenizer, source, files=None, **splits):
 
 
 def write_texts(folder, tokenizer, source, files=None, **splits):
-    """The same for texts as (ids, in play); {split}.mask.bin has 1 for a token in play."""
+    """The same for texts as (ids, in play); {split}.mask.bin has 1 for a token in play, 2 for the
+    first one of a text."""
     masks = {}
     for split, texts in splits.items():
         if not texts:
             raise ValueError(f'{source}: no conversations for {split}')
         mask = np.concatenate([np.asarray(in_play, np.uint8) for _, in_play in texts])
+        mask[np.cumsum([0, *[len(in_play) for _, in_play in texts[:-1]]])] |= 2
         masks[f'{split}.mask.bin'] = mask
     write_tokens(folder, tokenizer, source, {**(files or {}), **masks}, **{
         split: np.concatenate([np.asarray(ids) for ids, _ in texts])

@@ -55,7 +55,8 @@ def in_play(request):
 
 def has_chat_tokens(model, tokenizer):
     """Whether a model has the tokens that begin and end a message."""
-    return max(tokenizer.special.values(), default=math.inf) < model.config.vocab_size
+    known = max(tokenizer.special.values(), default=math.inf) < model.config.vocab_size
+    return known and '<|end|>' in tokenizer.special
 
 
 def answer_questions(model, tokenizer, task, examples, seeds, rows, samples=1, max_new_tokens=200,

@@ -77,7 +77,7 @@ def check_spec(spec):
         names = {name for name in (spec['begin'], spec['end'], spec['template'] and end) if name}
         if (spec['pattern'] not in PATTERNS or end is None or not names <= spec['special'].keys()
                 or not all(type(i) is int and 0 <= i < 2 ** 24 for i in ids)
-                or len(set(ids)) < len(ids) or not set(map(chr, range(256))) <= spec['ids'].keys()
+                or len(set(ids)) < len(ids) or not spec['ids']
                 or any(max(text, default='\u0100') > '\xff' for text in spec['ids'])):
             raise ValueError('an open tokenizer whose parts are damaged')
 
@@ -117,15 +117,22 @@ def byte_encoding(pattern, tokens):
         name: len(ranks) + i for i, name in enumerate(SPECIAL)})
 
 
+def size_of(spec):
+    """-> the number of ids of a published vocabulary, which may have gaps"""
+    return max([*spec['ids'].values(), *spec['special'].values()]) + 1
+
+
 def encoding_of(spec):
     """-> tiktoken's encoding of a tokenizer that is not of characters"""
     if spec['kind'] == 'gpt2':
         return gpt2_encoding()
     if spec['kind'] == 'open':
         import tiktoken
-        return tiktoken.Encoding(
-            'open', pat_str=PATTERNS[spec['pattern']], special_tokens=spec['special'],
-            mergeable_ranks={text.encode('latin-1'): i for text, i in spec['ids'].items()})
+        ranks, size = {text.encode('latin-1'): i for text, i in spec['ids'].items()}, size_of(spec)
+        for i in range(256):    # a byte that has no token: encode() leaves it out, as others do
+            ranks.setdefault(bytes([i]), size + i)
+        return tiktoken.Encoding('open', pat_str=PATTERNS[spec['pattern']], mergeable_ranks=ranks,
+                                 special_tokens=spec['special'])
     if spec['kind'] == 'words':
         return byte_encoding(WORDS, tuple(word.encode() for word in spec['words']))
     return byte_encoding(spec['pattern'], tuple(t.encode('latin-1') for t in spec['tokens']))
@@ -138,9 +145,11 @@ class Tokenizer:
         self.spec = spec
         if spec['kind'] != 'char':
             self.bpe = encoding_of(spec)
-            self.vocab_size = self.bpe.n_vocab
-            self.special = spec.get('special') or {
-                name: self.bpe.encode_single_token(name) for name in SPECIAL}
+            is_open = spec['kind'] == 'open'
+            self.vocab_size = size_of(spec) if is_open else self.bpe.n_vocab
+            self.special = {
+                name: i for name, i in spec['special'].items() if name not in spec.get('shown', ())
+            } if is_open else {name: self.bpe.encode_single_token(name) for name in SPECIAL}
         else:
             self.bpe = None
             self.chars = {c: i for i, c in enumerate(spec['chars'])}
@@ -150,8 +159,8 @@ class Tokenizer:
         self.template = TEMPLATES[spec.get('template') or 'own']
         if spec['kind'] == 'open':      # what the program calls <|endoftext|> and <|end|>
             own = {'<|endoftext|>': spec['end'], '<|end|>': spec['template'] and self.template[2]}
-            self.special = self.special | {
-                name: self.special[theirs] for name, theirs in own.items() if theirs}
+            self.special = {name: spec['special'][theirs] for name, theirs in own.items()
+                            if theirs} | self.special
 
     @classmethod
     def of_text(cls, text):
@@ -179,7 +188,8 @@ class Tokenizer:
     @property
     def prefix(self):
         """The ids that a published model wants before any text."""
-        return [self.special[self.spec['begin']]] if self.spec.get('begin') else []
+        begin = self.spec.get('begin')
+        return [self.spec['special'][begin]] if begin else []
 
     @property
     def end(self):
@@ -196,7 +206,9 @@ class Tokenizer:
         if self.spec.get('nfc'):
             text = unicodedata.normalize('NFC', text)
         if self.bpe:
-            return self.bpe.encode(text, allowed_special=set(special), disallowed_special=())
+            ids = self.bpe.encode(text, allowed_special=set(special), disallowed_special=())
+            return ids if max(ids, default=0) < self.vocab_size else [
+                i for i in ids if i < self.vocab_size]
         special = [name for name in special if name in self.special]
         parts = re.split('(' + '|'.join(map(re.escape, special)) + ')', text) if special else [text]
         ids = ([self.special[p]] if p in special else map(self._char, p) for p in parts)
@@ -233,6 +245,8 @@ class Tokenizer:
             in_play.extend([int(mine)] * len(new))
 
         role, content = message['role'], message['content']
+        if '<|end|>' not in special:
+            raise ValueError('this vocabulary has no chat tokens')
         if role not in ('system', 'user', 'assistant'):
             raise ValueError(f'a message of role {role!r}: only system, user and assistant')
         mine = role == 'assistant'

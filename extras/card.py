@@ -103,6 +103,10 @@ def memory(run):
 def reference_parameters(run):
     """Of the frozen model that the run compares with: this one's, or the teacher's."""
     folder = Path(run.config.get('teacher', ''))
+    if (folder / 'config.json').exists():   # a published one: by its files, in two bytes or four
+        files = sum(path.stat().st_size for path in folder.glob('*.safetensors'))
+        half = 'float16' in (folder / 'config.json').read_text(encoding='utf-8')
+        return files // (2 if half else 4)
     path = next((path for path in (folder, folder / 'best.pt', folder / 'ckpt.pt')
                  if path.suffix == '.pt' and path.exists()), None)
     if path is None:

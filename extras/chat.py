@@ -56,8 +56,9 @@ def chat(model, tokenizer, taught, sampling):
                     ids += [end] * (ids[-1:] != [end]) + tokenizer.encode(tokenizer.template[3])
                     turns += [question, tokenizer.opening('assistant') + ids]
             elif line:
-                answer(model, tokenizer, Request(tokenizer.encode(line), max_new_tokens, sampling,
-                                                 next(seeds), (tokenizer.end,)))
+                ids = tokenizer.prefix + tokenizer.encode(line)
+                answer(model, tokenizer, Request(ids, max_new_tokens, sampling, next(seeds),
+                                                 (tokenizer.end,)))
         except ValueError as error:     # a character that the model never saw
             print(error)
         except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """
-A model for other programs: a folder in Hugging Face's layout, which transformers loads (vLLM and
-llama.cpp too, if it is Llama's network), with its tokenizer and its chat template.
+A model for other programs: a folder in Hugging Face's layout, which transformers loads (and vLLM,
+if it is Llama's network), with its tokenizer and its chat template.
 
     python -m extras.export --out_dir=out --to=folder
 
@@ -43,6 +43,8 @@ def architecture_of(c):
     wanted = dict(x0=False, ngrams=1, window_pattern='L') | WANTED[name]
     if name != 'MixtralForCausalLM':
         wanted['n_expert'] = 0
+    if name == 'MixtralForCausalLM' and c.n_expert_active == 1:
+        wanted['n_expert_active'] = 2
     if name == 'GPT2LMHeadModel':
         wanted['n_kv_head'] = c.n_head
         wanted['head_width'] = c.n_embd // c.n_head
@@ -173,6 +175,8 @@ def export(model, tokenizer, taught, folder):
     """Write all that other programs need of a model to a folder."""
     from safetensors.torch import save_file
     name, folder = architecture_of(model.config), Path(folder)
+    if any(buffer.any() for key, buffer in model.named_buffers() if key.endswith('mlp.bias')):
+        raise ValueError(f'{name}: its router has no biases, which this model learned')
     kind, size = getattr(torch, dtype), model.config.vocab_size
     special = tokenizer.special
     end, stop = special.get('<|endoftext|>'), special.get('<|end|>')

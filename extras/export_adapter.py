@@ -57,7 +57,9 @@ def main():
     if not to or Path(to).exists() and any(Path(to).iterdir()):
         raise ValueError(f'--to={to}: name a folder that is not there yet')
     model, _, _ = load_model(out_dir)
-    path = Path(out_dir) if out_dir.endswith('.pt') else Path(out_dir, 'ckpt.pt')
+    path = Path(out_dir)
+    if path.suffix != '.pt':    # as load_model() chooses
+        path = path / ('best.pt' if (path / 'best.pt').exists() else 'ckpt.pt')
     checkpoint = read_checkpoint(path)
     if 'lora' not in checkpoint:
         raise ValueError(f'{path}: that run had no --lora_rank')

@@ -30,7 +30,10 @@ def load_gpt2(source, dropout=0.0):
                                    allow_patterns=['config.json', 'model.safetensors'])
     theirs = json.loads(Path(source, 'config.json').read_text(encoding='utf-8'))
     args = {name: theirs[name] for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
-    args |= {'block_size': theirs['n_positions'], 'activation': 'gelu_tanh', 'dropout': dropout}
+    activation = {'gelu': 'gelu'}.get(theirs.get('activation_function'), 'gelu_tanh')
+    args |= {'block_size': theirs['n_positions'], 'activation': activation, 'dropout': dropout,
+             'n_inner': theirs.get('n_inner') or 0,
+             'norm_eps': theirs.get('layer_norm_epsilon', 1e-5)}
     model, weights = GPT(GPTConfig(**{**GPT2, **args})), {}
     for name, p in load_file(Path(source, 'model.safetensors')).items():
         name = name.removeprefix('transformer.')

@@ -40,9 +40,14 @@ def layers_of(model):
 def add_lora(model, config):
     """Freeze a model but for new A and B. ValueError for settings that do not go with it"""
     rank, targets = config['lora_rank'], lora_targets.split(',')
-    if config['muon_lr'] or config['shard']:
-        raise ValueError(f'--lora_rank={rank}: set --muon_lr=0 (its matrices learn by AdamW) and '
-                         '--shard=False')
+    wanted = dict(muon_lr=0, shard=False, checkpoint='whole', fp8=False)
+    wrong = [f'--{name}={value}' for name, value in wanted.items() if config[name] != value]
+    if wrong:
+        raise ValueError(f'--lora_rank={rank}: set {" ".join(wrong)}')
+    if config['init_from'] == 'scratch':
+        raise ValueError(f'--lora_rank={rank}: choose a model to start from, with --init_from=')
+    if model.config.n_expert:
+        raise ValueError(f'--lora_rank={rank}: not for mixtures of experts')
     model.requires_grad_(False)
     found = {name: m for name, m in model.transformer.h.named_modules()
              if type(m) is nn.Linear and name.split('.')[-1] in targets}
@@ -65,7 +70,7 @@ def merged_state(model):
     for name, layer in layers_of(model).items():
         parts[name] = {part: weights.pop(f'{name}.{part}') for part in ('lora_A', 'lora_B')}
         parts[name]['weight'] = weights[f'{name}.weight']
-        weights[f'{name}.weight'] = layer.merged()
+        weights[f'{name}.weight'] = layer.merged().cpu()
     return {'model': weights, 'lora': parts}
 
 

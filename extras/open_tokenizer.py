@@ -4,6 +4,7 @@ and tiktoken goes on with it. Byte-level BPE (Llama 3, Qwen, SmolLM2, GPT-2) is 
 (Llama 2, Mistral's first ones) is not.
 """
 import json
+import re
 from pathlib import Path
 
 from data.tokenizer import PATTERNS, TEMPLATES
@@ -21,19 +22,34 @@ def pattern_of(pre_tokenizer):
     """-> the name in PATTERNS of how a tokenizer.json splits text before it merges bytes"""
     steps = (pre_tokenizer or {}).get('pretokenizers', [pre_tokenizer or {}])
     kinds = [step.get('type') for step in steps]
+    if any(step.get('add_prefix_space') or step.get('invert') for step in steps):
+        raise ValueError('add_prefix_space and invert are not known')
     if kinds == ['ByteLevel'] and steps[0].get('use_regex', True):
         return 'gpt2'
     if kinds == ['Digits', 'ByteLevel'] and steps[0]['individual_digits']:
         return 'digits'
-    if kinds == ['Split', 'ByteLevel'] and not steps[1].get('use_regex', True):
+    if (kinds == ['Split', 'ByteLevel'] and steps[0].get('behavior') == 'Isolated'
+            and not steps[1].get('use_regex', True)):
         for name, pattern in PATTERNS.items():
             if steps[0]['pattern'].get('Regex') == pattern:
                 return name
     raise ValueError(f'it splits text in a way that is not known ({", ".join(map(str, kinds))})')
 
 
+def template_of(chat, special):
+    """A chat template in Jinja ('': none) -> the name in TEMPLATES of one with the same tokens.
+    What else a template may say, such as a system prompt by default, is left out."""
+    for name, parts in TEMPLATES.items():
+        needed = set(re.findall(r'<\|\w+\|>', parts[1] + parts[2]))
+        kin = {token for token in special if token.startswith('<|im_') and token in chat}
+        if parts[2] in chat and needed <= special.keys() | {'<|{role}|>'} and (
+                name != 'chatml' or kin <= needed):
+            return name
+    return ''
+
+
 def spec_of(theirs, settings, chat):
-    """A tokenizer.json and its tokenizer_config.json as dicts; whether there is a chat template
+    """A tokenizer.json and its tokenizer_config.json as dicts, a chat template ('': none)
     -> the spec of a Tokenizer. ValueError"""
     model, normalizer = theirs['model'], theirs.get('normalizer')
     if model.get('type') != 'BPE' or model.get('byte_fallback'):
@@ -54,13 +70,13 @@ def spec_of(theirs, settings, chat):
         token = settings.get(key) or ''
         return token['content'] if isinstance(token, dict) else token
 
-    template = next((name for name, parts in TEMPLATES.items()
-                     if chat and parts[2] in special), '')
     begin = name_of('bos_token')
     begins = begin and repr(begin) in str(theirs.get('post_processor'))
     return {'kind': 'open', 'pattern': pattern, 'ids': ids, 'special': special,
-            'template': template, 'begin': begin if begins else '',
-            'end': name_of('eos_token'), 'nfc': bool(normalizer)}
+            'template': template_of(chat, special), 'begin': begin if begins else '',
+            'end': name_of('eos_token'), 'nfc': bool(normalizer),
+            'shown': [token['content'] for token in theirs['added_tokens']
+                      if not token.get('special')]}
 
 
 def read_spec(folder):
@@ -70,13 +86,15 @@ def read_spec(folder):
         if (folder / name).exists():
             try:
                 found[name] = json.loads((folder / name).read_text(encoding='utf-8'))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f'{folder / name}: damaged ({error})') from None
     if 'tokenizer.json' not in found:
         raise ValueError(f'{folder}: no tokenizer.json there')
     settings = found.get('tokenizer_config.json', {})
     try:
-        chat = 'chat_template' in settings or (folder / 'chat_template.jinja').exists()
+        chat, path = str(settings.get('chat_template') or ''), folder / 'chat_template.jinja'
+        if path.exists():
+            chat = path.read_text(encoding='utf-8')
         return spec_of(found['tokenizer.json'], settings, chat)
     except ValueError as error:
         raise ValueError(f'{folder}/tokenizer.json: {error}') from None

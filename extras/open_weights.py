@@ -23,7 +23,7 @@ FAMILIES = {'LlamaForCausalLM': {}, 'MistralForCausalLM': {}, 'MixtralForCausalL
             'Qwen2ForCausalLM': {'qkv_bias': True},
             'Qwen3ForCausalLM': {'qk_norm': True, 'qk_gain': True},
             'NanoChatForCausalLM': {'norm': 'rms', 'qk_norm': True, 'activation': 'relu2'}}
-LONGEST = 8192      # tokens of context at most: a cache has room for all of them
+LONGEST = 4096      # tokens of context at most: a cache has room for all of them
 
 
 def find(source):
@@ -32,7 +32,8 @@ def find(source):
         return Path(source)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(source, allow_patterns=['*.json', '*.safetensors']))
+        return Path(snapshot_download(source, allow_patterns=[
+            'config.json', 'tokenizer*.json', 'chat_template.jinja', 'model*.safetensors*']))
     except Exception as error:      # the hub's own, those of HTTP, of the disk
         why = str(error).strip().splitlines()[0][:120]
         raise ConnectionError(f'{source}: no folder here, and not to be had from the hub ({why})'
@@ -43,7 +44,7 @@ def config_of(theirs, dropout=0.0):
     """Their config.json -> GPTConfig. ValueError where this network cannot do the same"""
     name = (theirs.get('architectures') or ['none'])[0]
     if name not in FAMILIES:
-        raise ValueError(f'architecture {name}: known are {", ".join(FAMILIES)}, GPT2LMHeadModel')
+        raise ValueError(f'architecture {name}: known are {", ".join(FAMILIES)}; GPT-2 as gpt2')
     rope = theirs.get('rope_parameters') or {
         **(theirs.get('rope_scaling') or {}), 'rope_theta': theirs.get('rope_theta', 10000.0)}
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -59,6 +60,8 @@ def config_of(theirs, dropout=0.0):
     window = theirs.get('sliding_window') if theirs.get('use_sliding_window', True) else None
     heads = theirs['num_attention_heads']
     experts = theirs['num_local_experts'] if name == 'MixtralForCausalLM' else 0
+    if experts and theirs['num_experts_per_tok'] == 1:
+        raise ValueError('num_experts_per_tok=1: known are two and more')
     return GPTConfig(
         theirs['vocab_size'], n_layer=theirs['num_hidden_layers'], n_head=heads,
         block_size=min(theirs['max_position_embeddings'], window or LONGEST, LONGEST),
@@ -125,7 +128,7 @@ def turn(tensor, D):
 
 
 def open_tensors(folder):
-    """-> {name: a function that reads the tensor} of a folder's *.safetensors. ValueError"""
+    """-> {name: (shape, a function that reads the tensor)} of a folder's *.safetensors"""
     from safetensors import SafetensorError, safe_open
 
     def read(path, key):    # a file that stays open would keep all that was read of it in memory
@@ -143,7 +146,9 @@ def open_tensors(folder):
             raise ValueError(f'{folder}: no {path.name} there{pickled}')
         try:
             with safe_open(path, 'pt') as file:
-                found |= {key: functools.partial(read, path, key) for key in file.keys()}
+                for key in file.keys():  # noqa: SIM118  it is no dict
+                    shape = tuple(file.get_slice(key).get_shape())
+                    found[key] = shape, functools.partial(read, path, key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f'{path}: damaged ({error})') from None
     return found
@@ -156,13 +161,16 @@ def load(source, dropout=0.0):
     try:
         config = config_of(read_json(folder / 'config.json'), dropout)
         tensors = open_tensors(folder)
+        if max(config.n_layer, config.n_expert) > len(tensors):
+            raise ValueError(f'{config.n_layer} layers, {config.n_expert} experts, but '
+                             f'{len(tensors)} tensors')
         with torch.device('meta'):
             model = GPT(config)
-        dtype = next(iter(tensors.values()))().dtype
-        model.to(dtype).to_empty(device='cpu')
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'{folder}/config.json: damaged ({type(error).__name__}: {error})'
-                         ) from None
+        compare(places(model), tensors)
+        model.to(next(read().dtype for _, read in tensors.values())).to_empty(device='cpu')
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        why = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise ValueError(f'{folder}/config.json: damaged ({why})') from None
     except ValueError as error:
         raise ValueError(f'{source}: {error}') from None
     for buffer in model.buffers():
@@ -170,17 +178,23 @@ def load(source, dropout=0.0):
     model.rope = rotary(config)
     if config.tied:
         model.lm_head.weight = model.transformer.wte.weight
-    parts = places(model)
-    known = {*parts, 'lm_head.weight'}
-    unknown = [name for name in tensors if name not in known and 'rotary_emb' not in name]
-    for name in [*(name for name in parts if name not in tensors), *unknown][:1]:
-        raise ValueError(f'{source}: {name} is {"unknown" if unknown else "missing"}')
-    for name, (part, turned) in parts.items():
-        tensor = tensors[name]()
-        if tensor.shape != part.shape:
-            raise ValueError(f'{source}: {name} is {tuple(tensor.shape)}, not {tuple(part.shape)}')
+    for name, (part, turned) in places(model).items():
+        tensor = tensors[name][1]()
         part.copy_(turn(tensor, config.head_width) if turned else tensor)
     return model
+
+
+def compare(parts, tensors):
+    """Raises ValueError unless what a model consists of is what there is."""
+    known = {*parts, 'lm_head.weight'}      # a file may have it beside the table it is tied to
+    for name in tensors:
+        if name not in known and 'rotary_emb' not in name:
+            raise ValueError(f'{name} is unknown')
+    for name, (part, _) in parts.items():
+        if name not in tensors:
+            raise ValueError(f'{name} is missing')
+        if tensors[name][0] != tuple(part.shape):
+            raise ValueError(f'{name} is {tensors[name][0]}, not {tuple(part.shape)}')
 
 
 def load_published(source, dropout=0.0):

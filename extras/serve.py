@@ -153,7 +153,9 @@ class Endpoint:
 
     def encode(self, prompt):
         """A text or a list of ids -> ids, at least one. ValueError for what it never saw."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = prompt
+        if isinstance(prompt, str):
+            ids = self.tokenizer.prefix + self.tokenizer.encode(prompt)
         if ids and max(ids) >= self.model.config.vocab_size:
             raise ValueError(f'this model has no token {max(ids)}')
         if len(ids) > self.window:
@@ -167,10 +169,13 @@ class Endpoint:
                 message['content'] = self.tokenizer.drop_unknown(message['content'])
         if not self.taught:
             text = '\n'.join(message['content'] for message in messages)
-            return self.tokenizer.encode(text)[-self.window // 2:] or self.tokenizer.begin
+            ids = self.tokenizer.encode(text)[-self.window // 2:]
+            return self.tokenizer.prefix + ids or self.tokenizer.begin
         system = messages[0]['role'] == 'system'
+        has_calls = '<|call|>' in self.tokenizer.special
         turns = [self.tokenizer.render_turn({**message, 'content': calls_in(message['content'])}
-                                            if message['role'] == 'assistant' else message)[0]
+                                            if message['role'] == 'assistant' and has_calls
+                                            else message)[0]
                  for message in messages]
         room = self.window - self.window // 2
         return self.tokenizer.fit(turns if system else [[], *turns], room)[0]

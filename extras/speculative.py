@@ -7,8 +7,8 @@ tokens; the model reads them all at once, and keeps those that it might have dra
 
 A proposal x, drawn from q, is kept with probability min(1, p(x) / q(x)), where p is the model's own
 distribution; the first that is not kept is replaced by a draw from max(0, p - q), normalized. So
-each token has the distribution p, and at temperature 0 the text is that of sample.py. What is
-gained is that several tokens cost one reading of the weights.
+each token has the distribution p, and at temperature 0 the text is that of sample.py, but for what
+rounding decides. What is gained is that several tokens cost one reading of the weights.
 """
 import sys
 import time
@@ -79,7 +79,8 @@ class Reader:
 def distribution(logits, requests):
     """logits: (N, V), a request for each -> (N, V), what each one's next token is drawn from"""
     settings = torch.tensor([[*vars(request.sampling).values()] for request in requests])
-    return probabilities(logits, *settings.to(logits.device).T[:, :, None])
+    probs = probabilities(logits, *settings.to(logits.device).T[:, :, None])
+    return probs if probs.device.type != 'mps' else probs.cpu()     # it has no float64
 
 
 def pick(probs, rng):
@@ -99,9 +100,9 @@ def look_up(text, most):
     return []
 
 
-def propose(reader, texts, requests, rooms, rngs):
+def propose(reader, texts, requests, rooms, rngs, V):
     """-> for each row its proposals, and the distributions (V) that they were drawn from (None:
-    certain). rooms: how many may be proposed"""
+    certain). rooms: how many may be proposed. V: ids that the model has"""
     if reader is None:
         found = [look_up(text, room) for text, room in zip(texts, rooms, strict=True)]
         return found, [[None] * len(ids) for ids in found]
@@ -110,8 +111,9 @@ def propose(reader, texts, requests, rooms, rngs):
         rows = [i for i, room in enumerate(rooms) if room > turn]
         logits = reader.logits([text + found[i] if i in rows else None
                                 for i, text in enumerate(texts)])
-        probs = distribution(torch.stack([logits[i][-1] for i in rows]),
-                             [requests[i] for i in rows])
+        last = torch.stack([logits[i][-1, :V] for i in rows])   # tables may have spare rows
+        probs = distribution(last, [requests[i] for i in rows])
+        probs = torch.nn.functional.pad(probs, (0, V - probs.shape[1]))
         for i, q in zip(rows, probs, strict=True):
             found[i].append(pick(q, rngs[i]))
             drawn_from[i].append(q)
@@ -156,7 +158,8 @@ def speculate(model, requests, draft=None, lookahead=4, counts=None):
         some = [requests[i] for i in live]
         rooms = [min(lookahead, request.max_new_tokens - len(request.ids) - 1) if i in live else 0
                  for i, request in enumerate(requests)]
-        proposals, drawn_from = propose(readers[1] if draft else None, texts, requests, rooms, rngs)
+        proposals, drawn_from = propose(readers[1] if draft else None, texts, requests, rooms, rngs,
+                                        model.config.vocab_size)
         logits = readers[0].logits([text + proposals[i] if i in live else None
                                     for i, text in enumerate(texts)])
         for i, request in zip(live, some, strict=True):

@@ -67,6 +67,16 @@ def test_gpt2_comes_back(tmp_path):
     assert all(torch.equal(p, ours.state_dict()[name]) for name, p in back.state_dict().items())
 
 
+def test_a_gpt2_of_another_vocabulary_comes_back_with_it(tmp_path):
+    tokenizer = learned()
+    ours = tiny(**GPT2, vocab_size=tokenizer.vocab_size, n_inner=48)
+    export(ours, tokenizer, True, tmp_path)
+    back, same, _ = load_model(str(tmp_path))
+    idx = torch.randint(ours.config.vocab_size, (2, 9))
+    assert torch.equal(back.eval()(idx)[0], ours(idx)[0])
+    assert same.encode('def a README') == tokenizer.encode('def a README')
+
+
 def learned():
     from extras.train_tokenizer import learn
 

@@ -9,6 +9,7 @@ from conftest import ROOT, inside
 
 from data.files import tokenizer_of
 from data.models import is_taught, load_model
+from data.rows import Conversations
 from data.sources import write_conversations, write_tokens
 from data.tokenizer import PATTERNS, TEMPLATES, Tokenizer
 from extras.open_tokenizer import read_spec
@@ -132,6 +133,55 @@ def test_no_user_writes_a_special_token(tmp_path):
     assert ids.count(ours.special['<|im_end|>']) == ids.count(ours.special['<|im_start|>']) == 1
 
 
+def test_bytes_without_a_token_are_left_out_and_shown_tokens_are_seen(tmp_path):
+    theirs = hf.Tokenizer(hf.models.BPE())
+    theirs.pre_tokenizer = SPLITS['digits'](hf.pre_tokenizers)
+    theirs.train_from_iterator(['abc abd 12\n' * 9], hf.trainers.BpeTrainer(
+        vocab_size=60, special_tokens=SPECIAL['chatml'], show_progress=False))
+    theirs.add_tokens([hf.AddedToken('<think>', special=False)])
+    theirs.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>"}')
+    ours = Tokenizer(read_spec(tmp_path))
+    assert ours.vocab_size == theirs.get_vocab_size() < 256
+    for text in 'abc abd', 'xabcé 12\n', '\x00':
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    think = ours.spec['special']['<think>']
+    assert ours.transcript([think, *ours.encode('abc'), ours.special['<|im_end|>']]) == '<think>abc'
+    assert '<think>' not in ours.special and ours.encode('<think>') != [think]
+    with pytest.raises(ValueError, match='no chat tokens'):
+        ours.render(TALK)
+
+
+def test_a_template_of_other_tokens_is_not_taken_for_chatml(tmp_path):
+    learn(tmp_path)
+    path = tmp_path / 'tokenizer_config.json'
+    settings = json.loads(path.read_text())
+    for template, known in (
+        (JINJA['chatml'], 'chatml'), (None, ''), ('{{ messages }}', ''),
+        (JINJA['chatml'].replace('\n', '<|im_sep|>'), 'chatml'),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**settings, 'chat_template': template}))
+        assert read_spec(tmp_path)['template'] == known
+    theirs = json.loads((tmp_path / 'tokenizer.json').read_text())
+    theirs['added_tokens'].append({'id': 900, 'content': '<|im_sep|>', 'special': True})
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(theirs))
+    assert read_spec(tmp_path)['template'] == ''
+
+
+@pytest.mark.parametrize('template', JINJA)
+def test_conversations_stay_whole_in_rows(template, tmp_path):
+    learn(tmp_path, template=template)
+    tokenizer, data = tokenizer_of(str(tmp_path)), tmp_path / 'talk'
+    talks = [[{**message, 'content': f'{message["content"]} {i}'} for message in TALK]
+             for i in range(5)]  # fmt: skip
+    write_conversations(data, tokenizer, 'talk', train=talks, val=talks)
+    found = Conversations(data, 'train', 200)
+    assert len(found.spans) == 5
+    for i, talk in enumerate(talks):
+        ids, in_play = found.conversation(i)
+        assert (ids.tolist(), in_play.tolist()) == tokenizer.render(talk)
+
+
 @pytest.mark.parametrize(
     'how, words',
     [
@@ -162,7 +212,7 @@ def test_what_is_not_known_is_one_line(how, words, tmp_path):
 
 @pytest.mark.parametrize(
     'change',
-    [dict(pattern='(a+)+b'), dict(ids={'a': 1}), dict(template='x'), dict(end='<|none|>'),
+    [dict(pattern='(a+)+b'), dict(ids={'\u0100': 1}), dict(template='x'), dict(end='<|none|>'),
      dict(special={'<|endoftext|>': -1}), dict(special={'<|endoftext|>': 65})],
 )  # fmt: skip
 def test_a_damaged_spec_is_refused(change, tmp_path):

@@ -76,6 +76,15 @@ def test_it_ends_at_the_end_token_and_depends_on_its_seed_alone():
     assert len(many[0].ids) == 9
 
 
+def test_a_draft_may_have_another_table():
+    for rows in 40, 60:     # of 50
+        draft, prompt = tiny(seed=1, vocab_size=rows), [5, 6, 7]
+        requests = [Request(prompt, 12, Sampling(temperature=0.0)), Request(prompt, 12, Sampling())]
+        list(speculate(tiny(), requests, draft))
+        assert requests[0].ids == generate(tiny(), [prompt], 12, Sampling(temperature=0.0))[0]
+        assert len(requests[1].ids) == 12
+
+
 def test_what_is_looked_up():
     assert look_up([1, 2, 3, 4, 1, 2], 2) == [3, 4]
     assert look_up([5, 1, 2, 3, 1, 2, 9, 1, 2], 3) == [9, 1, 2]     # the last time
