@@ -20,7 +20,7 @@ from configurator import auto_device, auto_dtype, configure
 from data.files import extra, program, read_text
 from data.models import load_model
 
-init_from = 'resume'    # resume: the run in out_dir; gpt2[-medium|-large|-xl]; or a folder
+init_from = 'resume'    # resume: the run in out_dir; or a model's folder or name (gpt2, a/b)
 out_dir = 'out'         # the run to sample from
 start = '\n'            # the prompt, or FILE:prompt.txt; <|endoftext|> in it is the token
 num_samples = 10        # how many, side by side in one batch; from 1 to 1e5

@@ -35,7 +35,7 @@ from sample import generate
 
 # what to do, from what, to where
 stage = 'pretrain'           # pretrain, finetune (the same), sft, or a file of stages/: rl, dpo ...
-init_from = 'scratch'        # scratch, resume, a run's folder, gpt2[-medium|-large|-xl]
+init_from = 'scratch'        # scratch, resume, a run's or a model's folder or name (gpt2, a/b)
 out_dir = 'out'              # where checkpoints, the log and the picture go
 dataset = 'openwebtext'      # a folder in data/, or a mixture: a:0.8,b:0.2
 fallback_dataset = ''        # instead of dataset, if that cannot be downloaded

@@ -34,7 +34,8 @@ if [ -n "$DRY" ] && [ -z "${IS_SUMMED:-}" ]; then     # run itself, and add up w
     IS_SUMMED=yes bash config/speedrun.sh | awk '{ print; gsub(",", "") }
         match($0, /[0-9.]+ hours at/) { hours += substr($0, RSTART) }
         match($0, /[0-9]+ dollars/) { dollars += substr($0, RSTART) }
-        END { if (hours) printf "all stages: %.2f hours, %d dollars\n", hours, dollars }'
+        END { if (hours) printf "all stages: %.2f hours%s\n", hours,
+              dollars ? sprintf(", %d dollars", dollars) : "" }'
     exit
 fi
 

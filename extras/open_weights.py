@@ -1,9 +1,10 @@
 """
-Published models, from the Hugging Face hub or from a folder: Llama (2 and 3, SmolLM2 too), Mistral,
-Qwen2, Qwen3 and Mixtral.
+Published models, from the Hugging Face hub or from a folder: the networks of Llama (SmolLM2 too),
+Mistral, Qwen2, Qwen3, Mixtral and NanoChat, with a tokenizer that is byte-level BPE.
 
     python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --start="Gravity is"
-    python train.py --init_from=folder --dataset=shakespeare config/finetune_shakespeare.py
+    python data/fineweb/prepare.py --source="pages/*.parquet" --tokenizer=folder
+    python train.py --init_from=folder --dataset=fineweb --learning_rate=1e-4 --lora_rank=8
 
 A folder has config.json, model*.safetensors and tokenizer.json. Tensors are read one by one into
 their place, in their own precision: the memory that it takes is that of the model. Pickled weights
