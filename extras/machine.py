@@ -40,8 +40,10 @@ def weight_bytes(model):
     """How many bytes of matrices a decoding step reads."""
     linears = (m for m in model.modules() if hasattr(m, 'nbytes') or isinstance(m, nn.Linear))
     experts = sum(getattr(m, 'active_weights', 0) for m in model.modules())     # for one token
-    return experts * model.lm_head.weight.element_size() + sum(
-        getattr(m, 'nbytes', 0) or m.weight.nbytes for m in linears)
+    dense = sum(getattr(m, 'nbytes', 0) or m.weight.nbytes for m in linears)
+    if experts:     # which are not quantized, and so have weights
+        dense += experts * model.lm_head.weight.element_size()
+    return dense
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from data.models import read_checkpoint
 from extras import quantize
+from extras.machine import weight_bytes
 from extras.quantize import Int4Linear, Int8Linear, quantize_model
 from extras.row_linear import RowLinear, use_row_linears
 from sample import Request, Sampling, decode, generate, probabilities
@@ -448,6 +449,16 @@ def test_in_4_bits_blocks_are_narrow_and_the_head_is_not():
     whole = quantize_model(tiny(n_embd=48), 'int4')     # 48 is no multiple of 32
     assert type(whole.transformer.h[0].attn.c_attn) is Int8Linear
     assert len(generate(model, [[1, 2], [3]], 9)[1]) == 9
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_bytes_are_counted_of_quantized_models(kind, trained):
+    text = inside('sample.py', f'--out_dir={trained}', f'--quantize={kind}', '--num_samples=1',
+                  '--max_new_tokens=4')  # fmt: skip
+    assert 'of the memory bandwidth' in text
+    model = tiny(n_embd=64)
+    exact = weight_bytes(model)
+    assert exact / 9 < weight_bytes(quantize_model(model, kind)) < exact / 3.9
 
 
 def test_a_mixture_of_experts_is_not_quantized():
