@@ -48,7 +48,8 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         if (self.head_width or self.n_embd / self.n_head) % 2:      # rope turns pairs
-            raise ValueError(f'n_embd = {self.n_embd}: {self.n_head} heads have no even width')
+            raise ValueError(f'n_embd = {self.n_embd} does not divide into n_head = {self.n_head} '
+                             'heads of an even width')
         self.head_width = self.head_width or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head}: not a multiple of n_kv_head={self.n_kv_head}')
@@ -250,9 +251,8 @@ class GPT(nn.Module):
         Training: targets (B, T), -1 where a token is not in play, or (B, T, K), several for each;
         weights of their shape, 1 if None. Logits are (B, T, V); the loss is the SUM, not the mean,
         of weight * -log p(target) over what is in play.
-        Decoding: with a cache, each row of idx, padded at the right with -1, continues its row of
-        the cache and advances it. Logits are (B, 1, V), of each row's last token.
-        A row of more than block_size tokens raises ValueError on a CPU."""
+        Decoding: with a cache, each row of idx, padded at the right with -1, continues its row.
+        Logits are (B, 1, V), of each row's last token. On a CPU, ValueError beyond block_size."""
         context = self.make_context(idx, cache)
         contexts = [context] * self.config.n_layer
         if 'S' in self.config.window_pattern:

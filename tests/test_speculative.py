@@ -40,10 +40,10 @@ def test_drawn_tokens_have_the_distribution_of_the_model(draft, sampling):
 
     model = tiny(vocab_size=4, block_size=12, vocab_multiple=1)
     small = tiny(seed=3, n_layer=1, vocab_size=4, block_size=12, vocab_multiple=1)
-    prompt, count = [1, 2, 1, 2], 4000
+    prompt, count = [1, 2, 1, 2], 2500
     expected = {}
     for text in itertools.product(range(4), repeat=3):
-        logits = model(torch.tensor([prompt + list(text)]))[0][0]
+        logits = model(torch.tensor([prompt + list(text)]))[0][0].detach()
         p = 1.0
         for i, token in enumerate(text):
             how = vars(sampling).values()
