@@ -314,7 +314,7 @@ def open_model(source, device='auto', dtype='auto', quantize=''):
     return model, tokenizer, checkpoint
 
 
-def read_prompt(tokenizer, model):
+def read_prompt(start, tokenizer, model):
     """-> the text of --start, and its ids"""
     text = read_text(start[5:]) if start.startswith('FILE:') else start
     prompt = tokenizer.prefix + tokenizer.encode(text, ['<|endoftext|>']) or tokenizer.begin
@@ -329,7 +329,7 @@ def main():
     config, _ = configure(globals(), others=lambda values: [Sampling(temperature=0.8, top_k=200)])
     source = out_dir if init_from == 'resume' else init_from
     model, tokenizer, _ = open_model(source, device, dtype, quantize)
-    text, prompt = read_prompt(tokenizer, model)
+    text, prompt = read_prompt(start, tokenizer, model)
     network = torch.compile(model, dynamic=True) if compile else model
     requests = [Request(prompt, max_new_tokens, Sampling.of(config), seed + i,
                         () if ignore_end else tokenizer.ends) for i in range(num_samples)]

@@ -325,7 +325,7 @@ def find_stage(values):
 def other_settings(values):
     """Other sources of settings: the stage's file, the card's in a dry run, GPTConfig."""
     module, card = find_stage(values), extra('card') if values['dry_run'] else None
-    lora = importlib.import_module('extras.lora') if values['lora_rank'] else None
+    lora = extra('lora') if values['lora_rank'] else None
     modules = [module, *getattr(module, 'USES', ()), card, lora]
     return [*(vars(module) for module in modules if module), GPTConfig]
 

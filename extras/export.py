@@ -126,7 +126,8 @@ def tokenizer_of(tokenizer, vocab_size):
         def text(token):
             return ''.join(seen[byte] for byte in token)
 
-        ranks = tokenizer.bpe._mergeable_ranks
+        ranks = {token: rank for token, rank in tokenizer.bpe._mergeable_ranks.items()
+                 if rank < tokenizer.vocab_size}    # beyond are bytes that have no token
         for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
             vocab[text(token)] = rank
             if len(token) > 1 and (pair := merge_of(ranks, token, rank)):
@@ -140,7 +141,7 @@ def tokenizer_of(tokenizer, vocab_size):
              'use_regex': False}]}
     special = spec['special'] if spec['kind'] == 'open' else tokenizer.special
     added = [{'id': i, 'content': name, 'single_word': False, 'lstrip': False, 'rstrip': False,
-              'normalized': False, 'special': True}
+              'normalized': False, 'special': name not in spec.get('shown', ())}
              for name, i in sorted(special.items(), key=lambda pair: pair[1]) if i < vocab_size]
     begin = spec.get('begin')
     begins = [{'SpecialToken': {'id': begin, 'type_id': 0}}] if begin else []

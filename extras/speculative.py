@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from configurator import configure
-from data.files import program, read_text
-from sample import KVCache, Request, Sampling, open_model, probabilities
+from data.files import program
+from sample import KVCache, Request, Sampling, open_model, probabilities, read_prompt
 
 out_dir = 'out'         # the run to sample from
 draft = ''              # the run that proposes, of the same vocabulary; '': look the text up
@@ -191,8 +191,7 @@ def main():
     small, other = open_model(draft, device, dtype)[:2] if draft else (None, tokenizer)
     if other.spec != tokenizer.spec:
         raise ValueError(f'--draft={draft}: it has another vocabulary than {out_dir}')
-    text = read_text(start[5:]) if start.startswith('FILE:') else start
-    prompt = tokenizer.prefix + tokenizer.encode(text, ['<|endoftext|>']) or tokenizer.begin
+    text, prompt = read_prompt(start, tokenizer, model)
     requests = [Request(prompt, max_new_tokens, Sampling.of(config), seed + i, tokenizer.ends)
                 for i in range(num_samples)]
     counts, began = {}, time.perf_counter()

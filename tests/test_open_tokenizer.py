@@ -12,6 +12,7 @@ from data.models import is_taught, load_model
 from data.rows import Conversations
 from data.sources import write_conversations, write_tokens
 from data.tokenizer import PATTERNS, TEMPLATES, Tokenizer
+from extras.export import tokenizer_of as tokenizer_of_spec
 from extras.open_tokenizer import read_spec
 
 hf = pytest.importorskip('tokenizers')
@@ -147,6 +148,10 @@ def test_bytes_without_a_token_are_left_out_and_shown_tokens_are_seen(tmp_path):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     think = ours.spec['special']['<think>']
     assert ours.transcript([think, *ours.encode('abc'), ours.special['<|im_end|>']]) == '<think>abc'
+    again = tokenizer_of_spec(ours, 1000)   # exported: no token that it did not have
+    known = json.loads(theirs.to_str())['model']['vocab'].items()
+    assert again['model']['vocab'] == {k: i for k, i in known if k not in ours.spec['special']}
+    assert {t['content']: t['special'] for t in again['added_tokens']}['<think>'] is False
     assert '<think>' not in ours.special and ours.encode('<think>') != [think]
     with pytest.raises(ValueError, match='no chat tokens'):
         ours.render(TALK)
