@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.tokenizer import Tokenizer, check_spec
+from data.tokenizer import Tokenizer
+from data.vocabulary import check_spec
 
 DATA = Path(__file__).parent
 

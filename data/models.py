@@ -15,7 +15,8 @@ from torch import nn
 
 from data.files import DATA, read_json, read_meta, say, tokenizer_of
 from data.rows import TEXT_STAGES
-from data.tokenizer import Tokenizer, same_ids
+from data.tokenizer import Tokenizer
+from data.vocabulary import same_ids
 from model import GPT, GPT2, GPTConfig
 
 

@@ -15,7 +15,7 @@ import torch
 from configurator import configure
 from data.files import program, write
 from data.models import is_taught, load_model
-from data.tokenizer import PATTERNS
+from data.vocabulary import PATTERNS
 from model import GPT2
 
 out_dir = 'out'         # the run to export, or a published model's folder

@@ -1,5 +1,5 @@
 """
-The tokenizer of a published model: its tokenizer.json becomes the plain dict of data/tokenizer.py,
+The tokenizer of a published model: its tokenizer.json becomes a plain dict of data/vocabulary.py,
 and tiktoken goes on with it. Byte-level BPE (Llama 3, Qwen, SmolLM2, GPT-2) is read; SentencePiece
 (Llama 2, Mistral's first ones) is not.
 """
@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from data.tokenizer import PATTERNS, TEMPLATES
+from data.vocabulary import PATTERNS, TEMPLATES
 
 
 def byte_characters():

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from configurator import configure
 from data.files import program, write
 from data.sources import meta_of
-from data.tokenizer import PATTERN, SPECIAL, Tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import PATTERN, SPECIAL
 from data.web import FINEWEB_EDU, groups_of, hub_files, texts_of
 
 source = ''              # files: 'folder/*.parquet', '*.jsonl' or '*.txt'; '': FineWeb-Edu's

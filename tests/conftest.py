@@ -67,10 +67,10 @@ def bpe(monkeypatch):
         'tiny', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 257}
     )
     monkeypatch.setattr(tiktoken, 'get_encoding', lambda name: tiny)
-    data.tokenizer.gpt2_encoding.cache_clear()
+    data.vocabulary.gpt2_encoding.cache_clear()
     data.files.tokenizer_of.cache_clear()
     yield Tokenizer({'kind': 'gpt2'})
-    data.tokenizer.gpt2_encoding.cache_clear()
+    data.vocabulary.gpt2_encoding.cache_clear()
     data.files.tokenizer_of.cache_clear()
 
 

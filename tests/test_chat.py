@@ -8,7 +8,8 @@ from conftest import TEXT, tiny
 from data.detokenizer import Detokenizer
 from data.models import is_taught
 from data.tasks import final_answer
-from data.tokenizer import SPECIAL, Tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import SPECIAL
 from extras import chat
 from sample import Request, Sampling
 

@@ -15,8 +15,9 @@ from conftest import ROOT, TEXT, inside, run
 from data import files, sources, web
 from data.files import missing, mixture_of, read_meta, read_text
 from data.sources import download, write_tokens
-from data.tokenizer import PATTERN, SPECIAL, Tokenizer, same_ids
+from data.tokenizer import Tokenizer
 from data.tokens import Tokens
+from data.vocabulary import PATTERN, SPECIAL, same_ids
 
 BPE = {'kind': 'bpe', 'pattern': PATTERN, 'tokens': ['th', 'the']}
 MIXED = 'naïve 🙂 سلام 你好 é'

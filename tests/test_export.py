@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT, inside, tiny
 
 from data.models import is_taught, load_model
-from data.tokenizer import PATTERN, Tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import PATTERN
 from extras.export import architecture_of, chat_template, export, merge_of, tokenizer_of
 from model import GPT2, GPTConfig
 from sample import Sampling, generate

@@ -11,7 +11,8 @@ from data.files import tokenizer_of
 from data.models import is_taught, load_model
 from data.rows import Conversations
 from data.sources import write_conversations, write_tokens
-from data.tokenizer import PATTERNS, TEMPLATES, Tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import PATTERNS, TEMPLATES
 from extras.export import tokenizer_of as tokenizer_of_spec
 from extras.open_tokenizer import read_spec
 
