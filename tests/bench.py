@@ -11,6 +11,7 @@ The README's measurements of decoding. It reports what it measured, and passes n
     python tests/bench.py rl out-arithmetic-sft         # where a step of RL spends its time
     python tests/bench.py demonstrations 200 500    # accuracy of out-sft-200, out-rl-200, ...
     python tests/bench.py bytes_per_token data/bpe english.txt code.txt   # beside GPT-2's
+    python tests/bench.py speculative    # GPT-2 124M's shape, the text looked up, against plain
     python tests/bench.py server         # 16 clients of the web server against the bare loop
 """
 
@@ -40,6 +41,7 @@ from extras.gpt2 import load_gpt2  # noqa: E402
 from extras.machine import bandwidth_share  # noqa: E402
 from extras.quantize import quantize_model  # noqa: E402
 from extras.row_linear import use_row_linears  # noqa: E402
+from extras.speculative import speculate  # noqa: E402
 from model import GPT, GPT2, GPTConfig  # noqa: E402
 from sample import Request, Sampling, decode, generate, seed  # noqa: E402
 
@@ -340,6 +342,25 @@ def bytes_per_token(folder, *paths):
         size = len(text.encode())
         print(f'{path} ({size:,} bytes): ' + ', '.join(
             f'{name} {size / len(encode(text)):.2f}' for name, encode in known.items()))
+
+
+def speculative():
+    """Random weights, whose greedy text repeats itself: nearly all proposals are accepted."""
+    model, prompt = build(GPT2_124M), list(range(20))
+    plain = timed(lambda: generate(model, [prompt], 200, GREEDY))
+    for lookahead in 4, 8:
+        counts = {}
+
+        def speculated(lookahead=lookahead, counts=counts):
+            requests = [Request(prompt, 200, GREEDY)]
+            for _ in speculate(model, requests, None, lookahead, counts):
+                pass
+
+        seconds = timed(speculated)
+        print(
+            f'124M, {lookahead} looked up: {200 / seconds:.1f} tokens/s against {200 / plain:.1f}, '
+            f'{plain / seconds:.2f} x; {counts["accepted"]} of {counts["proposed"]} accepted'
+        )
 
 
 def server():
